@@ -1,0 +1,1 @@
+"""The service: REST and WebSocket in front of ONNX Runtime.  Never imports torch."""

@@ -1,0 +1,1 @@
+"""The offline trainer: scans and SMPL fits in, an avatar bundle out."""

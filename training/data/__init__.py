@@ -1,0 +1,1 @@
+"""Subjects on disk: made, imported, read and sampled."""
