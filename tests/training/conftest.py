@@ -46,7 +46,7 @@ def tiny_subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def tiny_recipe() -> Recipe:
     """Every stage of the staged recipe in seconds: sizes that learn something, no more."""
     return Recipe(
-        stages=("weights", "vote", "forward", "occupancy", "bce"),
+        stages=("weights", "vote", "forward", "occupancy", "bce", "occupancy"),
         field_spacing_m=0.02,
         network=Network(code_width=3, field_spacing_m=0.08, skinning_spacing_m=0.06),
         weights=Weights(steps=100, points=1024),
