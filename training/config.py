@@ -82,8 +82,13 @@ class Forward:
     """Standard deviation of random turns of each bone that the pose code sees; between a bone and its parent it is 1.4
     times that.  Coupling PINs remember poses without it; fields have the ridge."""
     huber_m: float = 0.02
+    level: float = 0.5
+    """Probability of being inside at which an uncertain surface is drawn.  IoU is largest below one half: with an
+    expected IoU of J, at J / (1 + J)."""
     ridge: float = 3.0
     """On the mean squared coefficient of the fields."""
+    locality_m: float = 0.0
+    """Further than about this from a joint, the ridge on its turn grows with the squared distance; 0: nowhere."""
     mirrored_share: float = 0.5
     """Of the frames that are seen in the mirror: bodies and clothes are nearly symmetric, poses seldom are."""
     displacement_penalty: float = 0.2

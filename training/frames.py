@@ -46,6 +46,7 @@ class Frames:
         self.root_transforms: NDArray[np.float32] = np.concatenate(roots)
         """(F, 4, 4), root frame -> world."""
         self._fields: list[DistanceField] = []
+        self._grids: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,24 +93,31 @@ class Frames:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             fields = tqdm(pool.map(load, range(len(self))), "distance fields", len(self), unit="frame")
             self._fields = list(fields)
+        self.to(self.bone_transforms.device)
+
+    def to(self, device: torch.device) -> None:
+        """Move poses and distance fields."""
+        self.bone_transforms = self.bone_transforms.to(device)
+        self._grids = [torch.from_numpy(field.values).to(device) for field in self._fields]
 
     def distances(self, frames: list[int], points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
         """Signed distance, metres, of points (one row per frame, root frame) to the frame's scan; negative inside.
 
         Trilinear and differentiable in the points; constant beyond the fields' band.
         """
-        return torch.stack([_interpolate(self._fields[frame], row) for frame, row in zip(frames, points, strict=True)])
+        rows = zip(frames, points, strict=True)
+        return torch.stack([_interpolate(self._fields[frame], self._grids[frame], row) for frame, row in rows])
 
 
-def _interpolate(field: DistanceField, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+def _interpolate(field: DistanceField, values: Tensor, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
     """Trilinear.  Eight corners are gathered before they become float32: a frame's grid is never converted whole."""
-    values = torch.from_numpy(field.values)
     _, y, z = values.shape
-    last = torch.tensor(values.shape) - 1
-    unit = torch.minimum(((points - torch.from_numpy(field.origin)) / field.spacing).clamp(min=0), last.to(points))
+    last = torch.tensor(values.shape, device=points.device) - 1
+    origin = torch.from_numpy(field.origin).to(points)
+    unit = torch.minimum(((points - origin) / field.spacing).clamp(min=0), last.to(points))
     cell = torch.minimum(unit.detach().long().clamp(min=0), last - 1)  # clamped twice: NaN becomes some integer
-    corners = torch.tensor([(i * y + j) * z + k for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-    first = (cell * torch.tensor([y * z, z, 1])).sum(-1, keepdim=True)
+    corners = torch.tensor([(i * y + j) * z + k for i in (0, 1) for j in (0, 1) for k in (0, 1)], device=points.device)
+    first = (cell * torch.tensor([y * z, z, 1], device=points.device)).sum(-1, keepdim=True)
     shares = unit - cell
     u, v, w = torch.stack([1 - shares, shares], -1).unbind(-2)
     products = (u[:, :, None, None] * v[:, None, :, None] * w[:, None, None, :]).flatten(1)

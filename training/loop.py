@@ -48,6 +48,7 @@ def train(subject: Subject, run: Path, recipe: Recipe) -> State:
 
 
 def _train(subject: Subject, run: Path, recipe: Recipe, identity: dict[str, Any]) -> State:
+    torch.backends.cuda.matmul.allow_tf32 = True
     frames = Frames(subject, "train")
     checkpoint = run / CHECKPOINT
     if checkpoint.exists():
@@ -116,6 +117,9 @@ def _run_stage(
     name = recipe.stages[index]
     started, before = time.monotonic(), words["seconds"]
     stage = make_stage(name, state, frames, recipe)
+    device = torch.device("cuda" if stage.on_gpu and torch.cuda.is_available() else "cpu")
+    state.to(device)
+    frames.to(device)
     if stage.steps:
         stage.begin()
         parameters = stage.parameter_groups()
@@ -142,6 +146,8 @@ def _run_stage(
                 write_file(checkpoint, _encode(state, optimizer, words))
                 saved = now
     stage.finish()
+    state.to(torch.device("cpu"))
+    frames.to(torch.device("cpu"))
     words["seconds"] = before + time.monotonic() - started
 
 

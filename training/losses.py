@@ -24,9 +24,15 @@ def equal_joint_weights(weights_at_joints: Float[Tensor, "J B"], parents: tuple[
     return (own - 0.5).square().mean() + (above - 0.5).square().mean()
 
 
-def distance_loss(distances: Float[Tensor, "*S"], huber: float) -> Tensor:
-    """Huber loss of signed distances to the scan, metres; quadratic up to `huber` metres."""
-    return functional.huber_loss(distances, torch.zeros_like(distances), delta=huber) / huber
+def distance_loss(distances: Float[Tensor, "*S"], huber: float, level: float = 0.5) -> Tensor:
+    """Huber loss of signed distances to the scan, metres; quadratic up to `huber` metres.
+
+    Args:
+        level: below 0.5 it costs less to lie outside the scan than inside: where the surface is uncertain it settles
+            where a point is inside with this probability.
+    """
+    loss = functional.huber_loss(distances, torch.zeros_like(distances), delta=huber, reduction="none") / huber
+    return (2 * torch.where(distances > 0, level, 1 - level) * loss).mean()
 
 
 def field_loss(logits: Float[Tensor, "*S"], distances: Float[Tensor, "*S"], metres_per_logit: float) -> Tensor:

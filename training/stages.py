@@ -41,6 +41,8 @@ OTHER_SIDE = [
     for name in SMPL_JOINT_NAMES
 ]
 """The joint across the body of each SMPL joint; itself, along the spine."""
+LOCAL_NODES = 2048
+"""Nodes whose coefficients the locality term looks at in one step."""
 Groups = list[dict[str, Any]]
 """Parameter groups as torch optimisers take them."""
 
@@ -71,11 +73,21 @@ class State:
     def modules(self) -> dict[str, nn.Module]:
         return {"ins": self.ins} if self.surface is None else {"ins": self.ins, "surface": self.surface}
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.ins.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        for module in self.modules().values():
+            module.to(device)
+
 
 class Stage(Protocol):
     """One stage; made anew when training resumes."""
 
     steps: int
+    on_gpu: bool
+    """Whether its steps run on a GPU where one is."""
 
     def begin(self) -> None:
         """Prepare what every step needs."""
@@ -106,6 +118,8 @@ def make_stage(name: str, state: State, frames: Frames, recipe: Recipe) -> Stage
 
 
 class _Base:
+    on_gpu = False
+
     def __init__(self, state: State, frames: Frames, recipe: Recipe) -> None:
         self.state, self.frames, self.recipe = state, frames, recipe
 
@@ -167,6 +181,8 @@ class VoteStage(_Base):
 class ForwardStage(_Base):
     """Surface points are reposed (eq. 19) and should lie on the scan."""
 
+    on_gpu = True
+
     def __init__(self, state: State, frames: Frames, recipe: Recipe) -> None:
         super().__init__(state, frames, recipe)
         self.settings = recipe.forward
@@ -174,11 +190,13 @@ class ForwardStage(_Base):
 
     def begin(self) -> None:
         self.frames.load_fields(self.recipe.field_spacing_m)
-        matrix = laplacian(self._surface.faces.numpy(), len(self._surface.base))
+        self.joints = torch.from_numpy(self.frames.skeleton.canonical_joints()).to(self._surface.base)[1:]
+        matrix = laplacian(self._surface.faces.cpu().numpy(), len(self._surface.base))
         indices = torch.from_numpy(np.stack(matrix.coords).astype(np.int64))
         self.laplacian = torch.sparse_coo_tensor(
             indices, torch.from_numpy(matrix.data), matrix.shape, check_invariants=True
         ).coalesce()
+        self.laplacian = self.laplacian.to(self.state.device)
 
     def parameter_groups(self) -> Groups:
         ins, settings = self.state.ins, self.settings
@@ -198,25 +216,36 @@ class ForwardStage(_Base):
     def loss(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         settings, surface = self.settings, self._surface
         frames = _draw(len(self.frames), settings.frames, generator)
-        chosen = _draw(len(surface.base), settings.points, generator)
+        chosen = _draw(len(surface.base), settings.points, generator).to(surface.base.device)
         x_c = surface.vertices()[chosen].expand(len(frames), -1, -1)
         bones = self.frames.bone_transforms[frames]
-        flipped = torch.rand(len(frames), generator=generator) < settings.mirrored_share
+        flipped = (torch.rand(len(frames), generator=generator) < settings.mirrored_share).to(bones.device)
         bones = torch.where(flipped[:, None, None, None], mirrored(bones), bones)
         noisy = turned_at_random(bones, settings.pose_noise_rad, generator)
         q_c, q_d, x_d = self.state.ins.trace(x_c, bones, self.state.ins.pose_encoder(noisy))
         displacement = (q_c - x_c).square().sum(-1).mean() + (x_d - q_d).square().sum(-1).mean()
-        seen = x_d * torch.where(flipped[:, None, None], torch.tensor([-1.0, 1.0, 1.0]), 1.0)
+        seen = x_d * torch.where(flipped[:, None, None], x_d.new_tensor([-1.0, 1.0, 1.0]), 1.0)
         distances = self.frames.distances(frames.tolist(), seen)
         roughness = torch.sparse.mm(self.laplacian, surface.offsets)
         named = {
-            "distance": losses.distance_loss(distances, settings.huber_m),
+            "distance": losses.distance_loss(distances, settings.huber_m, settings.level),
             "displacement": settings.displacement_penalty * displacement,
             "laplacian": settings.laplacian_penalty * roughness.square().sum(-1).mean(),
         }
         if isinstance(self.state.ins.h_c, FieldPIN):
-            named["ridge"] = settings.ridge * self.state.ins.h_c.coefficients.square().mean()
+            named["ridge"] = settings.ridge * self._ridge(self.state.ins.h_c, generator)
         return named
+
+    def _ridge(self, pin: FieldPIN, generator: torch.Generator) -> Tensor:
+        """Mean squared coefficient, those of far joints' turns weighing more."""
+        encoder = self.state.ins.pose_encoder
+        if not self.settings.locality_m or not isinstance(encoder, PoseFeatures):
+            return pin.coefficients.square().mean()
+        # A share of the nodes in every step: in terms of the turns there are three times as many coefficients.
+        nodes = _draw(pin.coefficients.shape[1], LOCAL_NODES, generator).to(pin.coefficients.device)
+        by_turn = (pin.coefficients[:, nodes] @ encoder.basis.T).unflatten(-1, (-1, 9)).square().sum(-1)
+        weights = 1 + torch.cdist(pin.node_positions()[nodes], self.joints).square() / self.settings.locality_m**2
+        return (by_turn * weights).sum(-1).mean() / encoder.basis.shape[1]
 
     @property
     def _surface(self) -> Surface:
@@ -227,6 +256,8 @@ class ForwardStage(_Base):
 
 class OccupancyStage(_Base):
     """The occupancy network learns the signed distance to the canonical surface, as logits."""
+
+    on_gpu = True
 
     def __init__(self, state: State, frames: Frames, recipe: Recipe) -> None:
         super().__init__(state, frames, recipe)
@@ -309,6 +340,8 @@ class BceStage(_Base):
 class PaperStage(_Base):
     """The paper's training: every step searches for roots and differentiates through them (eqs. 16-18, 22-27)."""
 
+    on_gpu = True
+
     def __init__(self, state: State, frames: Frames, recipe: Recipe) -> None:
         super().__init__(state, frames, recipe)
         self.settings = recipe.paper
@@ -344,8 +377,8 @@ class PaperStage(_Base):
             points.append(all_points[row])
             inside.append(all_inside[row])
         bones = self.frames.bone_transforms[frames]
-        logits = self.state.ins.occupancy_at(torch.stack(points), bones, soft=True)
-        named = {"bce": losses.occupancy_bce(logits, torch.stack(inside))}
+        logits = self.state.ins.occupancy_at(torch.stack(points).to(bones.device), bones, soft=True)
+        named = {"bce": losses.occupancy_bce(logits, torch.stack(inside).to(bones.device))}
         if step < self.steps_per_epoch:
             named.update(self._auxiliary(generator))
         return named
@@ -356,11 +389,11 @@ class PaperStage(_Base):
         _, starts, ends = bone_segments(skeleton, leaves=False)
         segment = torch.randint(len(starts), (self.settings.bone_points,), generator=generator)
         share = torch.rand(self.settings.bone_points, 1, generator=generator)
-        on_bones = starts[segment] + share * (ends - starts)[segment]
-        joints = torch.from_numpy(skeleton.canonical_joints()).float()
+        on_bones = (starts[segment] + share * (ends - starts)[segment]).to(self.state.device)
+        joints = torch.from_numpy(skeleton.canonical_joints()).to(on_bones)
         return {
             "bone occupancy": losses.occupancy_bce(
-                ins.occupancy(on_bones), torch.ones(len(on_bones), dtype=torch.bool)
+                ins.occupancy(on_bones), torch.ones(len(on_bones), dtype=torch.bool, device=on_bones.device)
             ),
             "joint weights": losses.equal_joint_weights(ins.skinning_field(joints), skeleton.parents),
         }
@@ -375,8 +408,8 @@ class SurfacePool:
         self.settings = recipe.occupancy
         near, far = self.settings.near_points, self.settings.far_points
         rng = np.random.default_rng([recipe.seed, 4])
-        vertices = state.surface.vertices().detach().double().numpy()
-        faces = state.surface.faces.numpy().astype(np.int64)
+        vertices = state.surface.vertices().detach().cpu().double().numpy()
+        faces = state.surface.faces.cpu().numpy().astype(np.int64)
         low, high = vertices.min(0) - 0.1, vertices.max(0) + 0.1
         spread = rng.choice([0.003, 0.012], (near, 1))
         points = np.concatenate(
@@ -392,7 +425,9 @@ class SurfacePool:
 
     def loss(self, network: OccupancyNetwork, count: int, generator: torch.Generator) -> Tensor:
         row = _draw(len(self.points), count, generator)
-        return losses.field_loss(network(self.points[row]), self.distance[row], self.settings.metres_per_logit)
+        device = next(network.parameters()).device
+        points, distance = self.points[row].to(device), self.distance[row].to(device)
+        return losses.field_loss(network(points), distance, self.settings.metres_per_logit)
 
 
 def turned_at_random(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from model.field_pin import FieldPIN
 from model.ins import pack
 from model.skinning import linear_blend_skinning
-from service.bundle.skeleton import Skeleton, axis_angle_to_matrix
+from service.bundle.skeleton import SMPL_JOINT_NAMES, Skeleton, axis_angle_to_matrix
 from training import losses
 from training.config import Recipe
 from training.data.body import open_body
@@ -19,6 +20,7 @@ from training.stages import (
     OTHER_SIDE,
     BceStage,
     ForwardStage,
+    OccupancyStage,
     State,
     Surface,
     SurfacePool,
@@ -140,3 +142,63 @@ def test_forward_moves_fields_weights_and_surface(state: State, tiny_subject: Su
     sum(named.values()).backward()
     for weight in (ours.ins.h_c.coefficients, ours.ins.skinning_field.grid, ours.surface.offsets):
         assert weight.grad.abs().max() > 0
+
+
+def test_every_tensor_of_a_step_is_where_the_state_is(
+    state: State, tiny_subject: Subject, tiny_recipe: Recipe, coupling_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without memory stands in for a GPU: whatever stayed on the CPU cannot meet what went there."""
+    elsewhere = torch.device("meta")
+    for recipe in (tiny_recipe.with_settings(["forward.locality_m=0.3"]), coupling_recipe):
+        ours = State(make_ins(recipe.network, tiny_subject.skeleton), copy.deepcopy(state.surface))
+        if isinstance(ours.ins.h_c, FieldPIN):
+            ours.ins.h_c.cover(ours.surface.base, 0.1)
+        frames = Frames(tiny_subject, "train")
+        forward, occupancy = ForwardStage(ours, frames, recipe), OccupancyStage(ours, frames, recipe)
+        for stage in (forward, occupancy):
+            stage.begin()
+        ours.to(elsewhere)
+        frames.to(elsewhere)
+        forward.joints = forward.joints.to(elsewhere)
+        # It has no sparse matrices.
+        dense = forward.laplacian.to_dense().to(elsewhere)
+        monkeypatch.setattr(torch.sparse, "mm", lambda _, offsets, dense=dense: dense @ offsets)
+        for stage in (forward, occupancy):
+            named = stage.loss(0, torch.Generator().manual_seed(0))
+            assert {value.device for value in named.values()} == {elsewhere}
+            sum(named.values()).backward()
+
+
+def test_the_ridge_weighs_far_joints_more(state: State, tiny_subject: Subject, tiny_recipe: Recipe) -> None:
+    """Without a reach it is the plain mean square; with one, the same turn costs more at a node further away."""
+    frames = Frames(tiny_subject, "train")
+    ours = State(make_ins(tiny_recipe.network, tiny_subject.skeleton), copy.deepcopy(state.surface))
+    pin, encoder = ours.ins.h_c, ours.ins.pose_encoder
+    pin.cover(ours.surface.base, 0.1)
+    encoder.fit(frames.bone_transforms)
+
+    def ridge(node: int, locality: float) -> float:
+        with torch.no_grad():
+            pin.coefficients.zero_()
+            pin.coefficients[:, node] = encoder.basis.unflatten(0, (-1, 9))[elbow].sum(0)
+        stage = ForwardStage(ours, frames, tiny_recipe.with_settings([f"forward.locality_m={locality}"]))
+        stage.begin()
+        named = stage.loss(0, torch.Generator().manual_seed(0))
+        return named["ridge"].item() / tiny_recipe.forward.ridge
+
+    elbow = SMPL_JOINT_NAMES.index("left_elbow") - 1  # the root turns nothing
+    joint = torch.from_numpy(tiny_subject.skeleton.canonical_joints()).float()[elbow + 1]
+    order = (pin.node_positions() - joint).norm(dim=-1).argsort().tolist()
+    near, far = order[0], order[-1]
+    assert ridge(near, 0.0) == ridge(far, 0.0) == pytest.approx(pin.coefficients.square().mean().item())
+    assert ridge(far, 1000.0) == pytest.approx(ridge(far, 0.0), rel=1e-3)
+    assert ridge(far, 0.3) > 2 * ridge(near, 0.3)
+
+
+def test_an_uncertain_surface_settles_at_its_level() -> None:
+    """Of scans that disagree by metres beyond the Huber width, the best place has `level` of them outside of it."""
+    offsets = torch.linspace(-1, 1, 2001)
+    for level in (0.5, 0.4):
+        costs = torch.stack([losses.distance_loss(place - offsets, 1e-4, level) for place in offsets])
+        place = offsets[costs.argmin()]
+        assert (offsets > place).float().mean().item() == pytest.approx(level, abs=2e-3)
