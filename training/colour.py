@@ -1,8 +1,8 @@
 """Colour: what the scans' vertex colours say about the canonical surface, as vertex colours and as a texture.
 
-The canonical mesh is reposed to some training frames.  There each of many points of it looks up the colour of the scan
-beside it; the median over the frames is its colour.  Vertices and texels of every level of detail take theirs from
-these points.  Colours are mixed in linear light.
+The canonical mesh is reposed to the training frames nearest to the canonical pose.  There each of many points of it
+looks up the colour of the scan beside it; the weighted median over the frames is its colour.  Vertices and texels of
+every level of detail take theirs from these points.  Colours are mixed in linear light.
 """
 
 import io
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 import xatlas
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,6 +27,9 @@ from training.frames import Frames
 from training.metrics import closest, cosines
 
 MAX_FRAMES = 24
+FADING = 0.65
+"""Of a frame's weight to that of the next nearer to the canonical pose: cloth slides over the surface as it moves, and
+what many frames say of a pattern is a blur, so the nearest that sees a point well speaks for it."""
 POINTS = 400_000
 """On the canonical surface, about 2 mm apart: finer than the texture's texels."""
 REACH_M = 0.015
@@ -80,16 +84,17 @@ def painted(meshes: Mapping[str, Mesh], ins: INS, frames: Frames) -> dict[str, M
 
 
 def observe(ins: INS, mesh: Mesh, frames: Frames) -> Paint | None:
-    """Ask the scans of up to 24 frames for the colours of points on the canonical mesh; None if none has any.
+    """Ask the scans nearest to the canonical pose for the colours of points on the mesh; None if none has any.
 
     Raises:
         ValueError: all scans with colours are too far away.
     """
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).round().astype(int)).tolist()
+    turns = torch.linalg.matrix_norm(frames.bone_transforms[..., :3, :3] - torch.eye(3)).square().sum(-1)
+    chosen = turns.argsort(stable=True)[:MAX_FRAMES].tolist()
     points = surface_points(mesh.vertices, mesh.faces, POINTS, np.random.default_rng(0))
     _, places = closest(mesh.vertices, mesh.faces, points)
-    lights, weights = [], []
-    for frame in chosen:
+    lights, weights, seen = [], [], np.zeros(len(points))
+    for rank, frame in enumerate(chosen):
         scan = frames.scan(frame)
         if scan.colours is None:
             continue
@@ -99,7 +104,9 @@ def observe(ins: INS, mesh: Mesh, frames: Frames) -> Paint | None:
         scan_normals = vertex_normals(scan.vertices.astype(np.float64), scan.faces.astype(np.int64))
         agreement = cosines(normals, there.interpolate(scan_normals))
         closeness = np.clip(1 - distance / REACH_M, 0, 1)
-        weights.append((closeness * np.where(agreement > MIN_COSINE, agreement, 0)).astype(np.float32))
+        sight = closeness * np.where(agreement > MIN_COSINE, agreement, 0)
+        seen += sight
+        weights.append((sight * FADING**rank).astype(np.float32))
         lights.append(there.interpolate(linear_light(scan.colours)).astype(np.float32))
     if not lights:
         return None
@@ -107,11 +114,11 @@ def observe(ins: INS, mesh: Mesh, frames: Frames) -> Paint | None:
     light = np.concatenate(
         [median_colour(np.stack([x[part] for x in lights]), np.stack([x[part] for x in weights])) for part in parts]
     )
-    seen = np.sum(weights, axis=0) >= MIN_WEIGHT
-    if not seen.any():
+    known = seen >= MIN_WEIGHT
+    if not known.any():
         raise ValueError("no scan with colours comes near the avatar's surface: train it longer before it is painted")
-    if not seen.all():
-        light[~seen] = Paint(points[seen], light[seen]).at(points[~seen], 8)
+    if not known.all():
+        light[~known] = Paint(points[known], light[known]).at(points[~known], 8)
     return Paint(points, light)
 
 

@@ -1,7 +1,7 @@
 """Colour: a painted person comes out in its own colours, and the texture lies where the surface is."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +67,13 @@ def painted_ball(subject: Subject) -> Mesh:
     return painted({"standard": mesh_of(BALL)}, Still(), Frames(subject, "train"))["standard"]
 
 
-def make_subject(path: Path, scans: list[Scan]) -> Subject:
-    """Scans given in the root frame, all in the canonical pose."""
+def make_subject(path: Path, scans: list[Scan], elbow_rad: Sequence[float] = (0.0,)) -> Subject:
+    """Scans given in the root frame, in the canonical pose but for a turn of an elbow."""
     skeleton = open_body().skeleton
     writer = SubjectWriter(path, name="ball", rest_joints=skeleton.rest_joints, fps=30, licence="CC0-1.0")
     with writer:
         pose = np.tile(skeleton.canonical_pose, (len(scans), 1, 1)).astype(np.float32)
+        pose[:, 18, 1] += np.asarray(elbow_rad, np.float32)
         translation = np.arange(3.0 * len(scans)).reshape(-1, 3)
         writer.add_sequence("walk", "train", pose, translation)
         for frame, scan in enumerate(scans):
@@ -110,6 +111,18 @@ def test_one_wrong_frame_changes_nothing(subject: Subject, tmp_path: Path) -> No
     assert clean is not None
     assert found is not None
     np.testing.assert_allclose(found.light, clean.light, atol=1e-4)
+
+
+def test_frames_near_the_canonical_pose_speak_for_the_others(tmp_path: Path) -> None:
+    """A pattern that slides with the pose stays sharp: two near frames outvote four far ones."""
+    here, there = (
+        Scan(FINE.vertices, FINE.faces, pattern(FINE.vertices + shift)) for shift in ([0.0, 0, 0], [0.1, 0, 0])
+    )
+    turned = [1.0, 0.1, 1.2, 1.4, 0.2, 0.9]
+    scans = [here if angle < 0.5 else there for angle in turned]
+    found = observe(Still(), mesh_of(BALL), Frames(make_subject(tmp_path / "s", scans, turned), "train"))
+    assert found is not None
+    assert off(srgb(found.light), pattern(found.points)) <= 4
 
 
 @pytest.mark.parametrize("why", ["far", "turned"])
