@@ -67,7 +67,7 @@ class Forward:
     The explicit direction: no search, no implicit gradient.  It teaches the PINs, the skinning field and the surface.
     """
 
-    steps: int = 4000
+    steps: int = 3000
     frames: int = 8
     points: int = 4096
     field_learning_rate: float = 2e-3
@@ -81,15 +81,15 @@ class Forward:
     pose_noise_rad: float = 0.0
     """Standard deviation of random turns of each bone that the pose code sees; between a bone and its parent it is 1.4
     times that.  Coupling PINs remember poses without it; fields have the ridge."""
-    huber_m: float = 0.02
-    level: float = 0.5
+    huber_m: float = 0.005
+    level: float = 0.4
     """Probability of being inside at which an uncertain surface is drawn.  IoU is largest below one half: with an
     expected IoU of J, at J / (1 + J)."""
-    ridge: float = 3.0
+    ridge: float = 5.0
     """On the mean squared coefficient of the fields."""
-    locality_m: float = 0.0
+    locality_m: float = 0.25
     """Further than about this from a joint, the ridge on its turn grows with the squared distance; 0: nowhere."""
-    mirrored_share: float = 0.5
+    mirrored_share: float = 0.4
     """Of the frames that are seen in the mirror: bodies and clothes are nearly symmetric, poses seldom are."""
     displacement_penalty: float = 0.2
     """On the squared metres by which the PINs move a point."""
@@ -251,7 +251,7 @@ RECIPES = {
     "coupling": Recipe(
         name="coupling",
         network=_COUPLING,
-        forward=Forward(steps=3000, frames=4, points=1536, pose_noise_rad=0.1, displacement_penalty=2.0),
+        forward=Forward(frames=4, points=1536, pose_noise_rad=0.1, displacement_penalty=2.0, huber_m=0.02, level=0.5),
     ),
     "paper": Recipe(
         name="paper",

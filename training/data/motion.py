@@ -1,8 +1,8 @@
 """Procedural motions on the 24 SMPL joints: what the open subject performs, and a show for the demo.
 
 A motion is a handful of named channels (angles in degrees over time) turned into joint rotations.  Arms stay off the
-torso, as they would catch the cloth, and hands stay still.  The held-out sequences combine what the training
-sequences do one thing at a time, within its range.
+torso, as they would catch the cloth, and hands stay still.  The held-out sequences combine, within its range, what most
+training sequences do one thing at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -345,6 +345,25 @@ def _sway(u: Angles, gain: float, rng: np.random.Generator) -> Channels:
     return _flat_feet(channels)
 
 
+def _roam(u: Angles, gain: float, rng: np.random.Generator) -> Channels:
+    """Everything at once, each joint at a pace of its own, through the range of the other training sequences."""
+
+    def wave(low: float, high: float) -> Angles:
+        return gain * (low + (high - low) * (0.5 + 0.5 * _sine(u, rng.uniform(0.7, 1.8), rng.uniform(0, 1))))
+
+    channels: Channels = {
+        "twist": wave(-34, 34), "bend_side": wave(-24, 24), "bend_front": wave(-8, 28), "lean": wave(0, 9),
+        "head_turn": wave(-24, 24),
+    }  # fmt: skip
+    for side in "lr":
+        channels[f"{side}_arm_down"], channels[f"{side}_arm_front"] = wave(-44, 60), wave(-12, 56)
+        channels[f"{side}_elbow"], channels[f"{side}_arm_turn"] = wave(10, 66), wave(-26, 26)
+        lift = channels[f"{side}_hip_front"] = wave(-20, 74)
+        channels[f"{side}_knee"] = 4 + 0.9 * np.maximum(lift, 0) + wave(0, 22)
+        channels[f"{side}_hip_side"], channels[f"{side}_hip_turn"] = wave(0, 18), wave(0, 12)
+    return _flat_feet(channels)
+
+
 def _lunge_key(depth: float) -> dict[str, float]:
     """Left foot in front."""
     key = {"lean": 6 * depth, "twist": 18 * depth, "bend_front": 4 * depth}
@@ -397,5 +416,6 @@ MOVES: dict[str, tuple[Split, Callable[[Angles, float, np.random.Generator], Cha
     "arm_circles": ("train", _arm_circles), "twist": ("train", _twist), "side_bend": ("train", _side_bend),
     "squat": ("train", _squat), "kick": ("train", _kick), "sway": ("train", _sway),
     "lunge": ("test", _lunge), "dance": ("test", _dance),
+    "roam_1": ("train", _roam), "roam_2": ("train", _roam), "roam_3": ("train", _roam),
 }  # fmt: skip
-"""Name to split and channels; held-out moves are `lunge` and `dance`."""
+"""Name to split and channels; held-out moves are `lunge` and `dance`.  The order is part of each one's seed."""
