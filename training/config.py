@@ -85,6 +85,12 @@ class Forward:
     level: float = 0.4
     """Probability of being inside at which an uncertain surface is drawn.  IoU is largest below one half: with an
     expected IoU of J, at J / (1 + J)."""
+    coverage: float = 0.5
+    """On the distance from points of the scan to the surface; 0: none."""
+    coverage_points: int = 1024
+    """Of a scan in a step."""
+    coverage_vertices: int = 8192
+    """Of the surface, among which the nearest is searched."""
     ridge: float = 5.0
     """On the mean squared coefficient of the fields."""
     locality_m: float = 0.25

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.spatial import KDTree
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from training import losses
 from training.config import Recipe
 from training.data.mesh import distances, laplacian
 from training.data.sampling import occupancy, surface_points
+from training.data.subject import Scan
 from training.frames import Frames
 from training.roots import find_roots
 from training.start import (
@@ -41,6 +43,10 @@ OTHER_SIDE = [
     for name in SMPL_JOINT_NAMES
 ]
 """The joint across the body of each SMPL joint; itself, along the spine."""
+COVERED_FRAMES = 2
+"""Frames of a step that are also seen from the scan's side."""
+SCAN_POINTS = 5000
+"""Of each scan, from which the steps draw."""
 LOCAL_NODES = 2048
 """Nodes whose coefficients the locality term looks at in one step."""
 Groups = list[dict[str, Any]]
@@ -191,6 +197,12 @@ class ForwardStage(_Base):
     def begin(self) -> None:
         self.frames.load_fields(self.recipe.field_spacing_m)
         self.joints = torch.from_numpy(self.frames.skeleton.canonical_joints()).to(self._surface.base)[1:]
+        self.scan_points, self.scan_normals = [], []
+        for frame in range(len(self.frames) if self.settings.coverage else 0):
+            rng = np.random.default_rng([self.recipe.seed, 8, frame])
+            points, normals = _oriented_points(self.frames.scan(frame), SCAN_POINTS, rng)
+            self.scan_points.append(points)
+            self.scan_normals.append(normals)
         matrix = laplacian(self._surface.faces.cpu().numpy(), len(self._surface.base))
         indices = torch.from_numpy(np.stack(matrix.coords).astype(np.int64))
         self.laplacian = torch.sparse_coo_tensor(
@@ -234,7 +246,31 @@ class ForwardStage(_Base):
         }
         if isinstance(self.state.ins.h_c, FieldPIN):
             named["ridge"] = settings.ridge * self._ridge(self.state.ins.h_c, generator)
+        if settings.coverage:
+            few = slice(0, COVERED_FRAMES)
+            named["coverage"] = settings.coverage * self._coverage(frames[few], bones[few], flipped[few], generator)
         return named
+
+    def _coverage(self, frames: Tensor, bones: Tensor, flipped: Tensor, generator: torch.Generator) -> Tensor:
+        """How far the surface is from points of the scan, along the scan's normals.
+
+        Without it a hem that is too short may rest on the legs: every point of it lies on the scan.
+        """
+        settings, vertices = self.settings, self._surface.vertices()
+        side = torch.where(flipped[:, None, None], vertices.new_tensor([-1.0, 1.0, 1.0]), 1.0)
+        among = _draw(len(vertices), settings.coverage_vertices, generator).to(vertices.device)
+        with torch.no_grad():
+            posed = (side * self.state.ins.to_deformed(vertices[among], bones)).cpu().numpy()
+        points, normals, nearest = [], [], []
+        for frame, there in zip(frames.tolist(), posed, strict=True):
+            row = _draw(len(self.scan_points[frame]), settings.coverage_points, generator)
+            points.append(self.scan_points[frame][row])
+            normals.append(self.scan_normals[frame][row])
+            nearest.append(torch.from_numpy(KDTree(there).query(points[-1].numpy())[1]))
+        chosen = among[torch.stack(nearest).to(among.device)]
+        x_d = side * self.state.ins.to_deformed(vertices[chosen], bones)
+        along = ((x_d - torch.stack(points).to(x_d)) * torch.stack(normals).to(x_d)).sum(-1)
+        return losses.distance_loss(along, settings.huber_m, settings.level)
 
     def _ridge(self, pin: FieldPIN, generator: torch.Generator) -> Tensor:
         """Mean squared coefficient, those of far joints' turns weighing more."""
@@ -447,6 +483,19 @@ def mirrored(bone_transforms: Float[Tensor, "B 24 4 4"]) -> Float[Tensor, "B 24 
     """The same pose in the mirror x -> -x, with left and right exchanged."""
     flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0])).to(bone_transforms)
     return flip @ bone_transforms[:, OTHER_SIDE] @ flip
+
+
+def _oriented_points(
+    scan: Scan, count: int, rng: np.random.Generator
+) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 3"]]:
+    """Points spread evenly over a scan, metres, and its outward normals there."""
+    corners = scan.vertices[scan.faces].astype(np.float64)
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    areas = np.linalg.norm(normals, axis=1)
+    chosen = rng.choice(len(areas), count, p=areas / areas.sum())
+    shares = rng.dirichlet(np.ones(3), count)
+    points = np.einsum("nk,nkc->nc", shares, corners[chosen])
+    return torch.from_numpy(points).float(), torch.from_numpy(normals[chosen] / areas[chosen, None]).float()
 
 
 def _labelled_points(

@@ -138,10 +138,36 @@ def test_forward_moves_fields_weights_and_surface(state: State, tiny_subject: Su
     stage = ForwardStage(ours, frames, tiny_recipe)
     stage.begin()
     named = stage.loss(0, torch.Generator().manual_seed(0))
-    assert set(named) == {"distance", "displacement", "laplacian", "ridge"}
+    assert set(named) == {"distance", "displacement", "laplacian", "ridge", "coverage"}
     sum(named.values()).backward()
     for weight in (ours.ins.h_c.coefficients, ours.ins.skinning_field.grid, ours.surface.offsets):
         assert weight.grad.abs().max() > 0
+
+
+def test_coverage_misses_what_the_distance_does_not(state: State, tiny_subject: Subject, tiny_recipe: Recipe) -> None:
+    """A surface that ends at the knees lies on the scan everywhere; the scan does not lie on it."""
+    frames = Frames(tiny_subject, "train")
+    frames.load_fields(tiny_recipe.field_spacing_m)
+    scan = frames.scan(0)
+    frames.bone_transforms = torch.eye(4).expand_as(frames.bone_transforms)  # nothing moves the surface
+    whole = torch.from_numpy(scan.vertices)
+    legs = whole[:, 1] < whole[:, 1].min() + 0.4
+    short = torch.where(legs[:, None], whole[~legs][0], whole)
+    costs = []
+    for vertices in (whole, short):
+        assert frames.distances([0], vertices[None]).abs().mean() < 4e-3  # fields of 2 cm
+        for mirror in (False, True):
+            seen = vertices * torch.tensor([-1.0, 1, 1]) if mirror else vertices
+            ours = State(
+                make_ins(tiny_recipe.network, tiny_subject.skeleton), Surface(seen, torch.from_numpy(scan.faces))
+            )
+            stage = ForwardStage(ours, frames, tiny_recipe)
+            stage.begin()
+            generator = torch.Generator().manual_seed(0)
+            cost = stage._coverage(torch.tensor([0]), frames.bone_transforms[:1], torch.tensor([mirror]), generator)
+            costs.append(cost.item())
+    assert costs[0] == costs[1] < costs[2] / 10
+    assert costs[2] == costs[3]
 
 
 def test_every_tensor_of_a_step_is_where_the_state_is(
@@ -149,7 +175,8 @@ def test_every_tensor_of_a_step_is_where_the_state_is(
 ) -> None:
     """A device without memory stands in for a GPU: whatever stayed on the CPU cannot meet what went there."""
     elsewhere = torch.device("meta")
-    for recipe in (tiny_recipe.with_settings(["forward.locality_m=0.3"]), coupling_recipe):
+    for recipe in (tiny_recipe, coupling_recipe):
+        recipe = recipe.with_settings(["forward.coverage=0"])  # searches for neighbours on the CPU, in real numbers
         ours = State(make_ins(recipe.network, tiny_subject.skeleton), copy.deepcopy(state.surface))
         if isinstance(ours.ins.h_c, FieldPIN):
             ours.ins.h_c.cover(ours.surface.base, 0.1)
