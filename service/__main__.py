@@ -1,51 +1,66 @@
 """The command `reposer`: serve avatars, repose one over HTTP, look into a bundle.  Needs no torch."""
 
 import argparse
-import logging
+import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import httpx
-import uvicorn
+# Nothing of the server up here: `reposer repose` needs the client's dependencies only.
+from tqdm import tqdm
 
-from service.answers import FRAMES, GLB, NPZ
-from service.app import create_app
-from service.bundle.files import BundleError, read_bundle
-from service.settings import Settings
-
-MEDIA_TYPES = {".glb": GLB, ".npz": NPZ, ".frames": FRAMES}
-GRACE_S = 10
+from service.client import Client, ClientError
+from service.client.calls import MEDIA_TYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except ModuleNotFoundError as error:
+        return _fail(f"there is no module {error.name}: this command needs reposer[cpu] or reposer[gpu]")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reposer", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="serve | repose | inspect")
+    commands = parser.add_subparsers(required=True, metavar="serve | repose | convert | bake | keys | inspect")
 
     serve = commands.add_parser("serve", help="serve the avatars of a folder over HTTP until Ctrl-C")
     serve.add_argument("--bundles", type=Path, default=Path("avatars"), help="folder of avatars (default: avatars)")
     serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--keys", type=Path, help="file of API keys, as `reposer keys` makes it")
     serve.add_argument("--cpu", action="store_true", help="stay on the CPU even where CUDA is there")
     serve.set_defaults(run=_serve)
 
     repose = commands.add_parser("repose", help="post poses to a running service and save its answer")
     repose.add_argument("avatar", help="id of the avatar")
-    repose.add_argument("poses", type=Path, help=".npz (AMASS, CAPE, SMPL) or .json")
-    repose.add_argument("-o", "--output", type=Path, required=True, help="what to write: .glb, .npz or .frames")
+    repose.add_argument("poses", type=Path, help=".npz (AMASS, CAPE, SMPL), .smpl or .json")
+    repose.add_argument(
+        "-o", "--output", type=Path, required=True, help=f"what to write, by its name: {', '.join(MEDIA_TYPES)}"
+    )
     repose.add_argument("--url", default="http://127.0.0.1:8000")
+    repose.add_argument("--key", default=os.environ.get("REPOSER_KEY"), help="API key; default: $REPOSER_KEY")
     repose.add_argument("--lod", help="preview, standard or high")
     repose.add_argument("--up-axis", choices=("y", "z"), help="up axis of the poses; AMASS has z")
     repose.add_argument("--units", choices=("m", "cm"), help="units of the translations")
     repose.add_argument("--fps", type=float, help="frames a second of the poses")
     repose.add_argument("--every", type=int, help="use each n-th frame only")
     repose.set_defaults(run=_repose)
+
+    if find_spec("pydantic"):
+        from service import keys
+        from service.convert import command as convert
+
+        keys.add_commands(commands)
+        convert.add_parser(commands)
+    if find_spec("onnxruntime"):
+        from service import bake_command
+
+        bake_command.add_parser(commands)
 
     inspect = commands.add_parser("inspect", help="verify a bundle and say what is in it")
     inspect.add_argument("bundle", type=Path, help="folder of one avatar")
@@ -54,67 +69,54 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
+    from service.security import KeyFileError, check_binding
+    from service.serve import serve
+    from service.settings import Settings
+
     if not parsed.bundles.is_dir():
         return _fail(f"there is no folder {parsed.bundles}")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Without the flag the environment decides, so it is not passed as False.
-    settings = Settings(bundle_dir=parsed.bundles, **({"cpu_only": True} if parsed.cpu else {}))
-    # A client that does not read would otherwise keep the process from ending (uvicorn 0.54).
-    uvicorn.run(
-        create_app(settings),
-        host=parsed.host,
-        port=parsed.port,
-        timeout_graceful_shutdown=GRACE_S,
-        ws="none",
-        server_header=False,
-    )
-    return 0
+    given: dict[str, Any] = {"cpu_only": True} if parsed.cpu else {}
+    given |= {"keys_file": parsed.keys} if parsed.keys else {}
+    settings = Settings(bundle_dir=parsed.bundles, **given)
+    try:
+        check_binding(parsed.host, settings.keys_file, open_access=settings.open_access)
+        return serve(settings, parsed.host, parsed.port)
+    except KeyFileError as error:
+        return _fail(str(error))
 
 
 def _repose(parsed: argparse.Namespace) -> int:
-    media_type = MEDIA_TYPES.get(parsed.output.suffix)
-    if media_type is None:
-        return _fail(f"expected an output named .glb, .npz or .frames, got {parsed.output.name}")
     names = ("lod", "up_axis", "units", "fps", "every")
-    query = {name: str(getattr(parsed, name)) for name in names if getattr(parsed, name) is not None}
-    kind = "application/json" if parsed.poses.suffix == ".json" else "application/x-npz"
-    part = parsed.output.with_name(parsed.output.name + ".part")
+    options = {name: getattr(parsed, name) for name in names}
     try:
-        body = parsed.poses.read_bytes()
-        url = f"{parsed.url.rstrip('/')}/avatars/{parsed.avatar}/repose"
-        headers = {"Content-Type": kind, "Accept": media_type}
-        timeout = httpx.Timeout(10.0, read=None)
-        with httpx.stream("POST", url, params=query, content=body, headers=headers, timeout=timeout) as answer:
-            if answer.status_code != 200:
-                return _fail(_explain(answer))
-            # A broken answer must not look like a file.
-            with open(part, "wb") as file:
-                for chunk in answer.iter_bytes():
-                    file.write(chunk)
-        part.replace(parsed.output)
-    except OSError as error:
+        with Client(parsed.url, parsed.key) as client, _Progress(parsed.output.name) as progress:
+            applied = client.export(parsed.avatar, parsed.poses, parsed.output, progress=progress.show, **options)
+    except (ClientError, OSError, ValueError) as error:
         return _fail(str(error))
-    except httpx.HTTPError as error:
-        return _fail(f"{parsed.url}: {error}")
-    finally:
-        part.unlink(missing_ok=True)
-    applied = {name: answer.headers[f"reposer-{name}"] for name in ("frames", "vertices", "up-axis", "units", "fps")}
-    print(f"{parsed.output}: " + ", ".join(f"{name} {value}" for name, value in applied.items()))
-    if "warning" in answer.headers:
-        print(f"warning: {answer.headers['warning']}", file=sys.stderr)
+    print(
+        f"{parsed.output}: frames {applied.frames}, vertices {applied.vertices}, up-axis {applied.up_axis}, "
+        f"units {applied.units}, fps {applied.fps:g}"
+    )
+    if applied.warning:
+        print(f"warning: {applied.warning}", file=sys.stderr)
     return 0
 
 
-def _explain(answer: httpx.Response) -> str:
-    answer.read()
-    try:
-        problem = answer.json()
-        return f"{problem['status']} {problem['code']}: {problem.get('detail') or problem['title']}"
-    except (ValueError, KeyError, TypeError):
-        return f"{answer.status_code} from something that is not Reposer"
+class _Progress(tqdm):
+    """A bar of the bytes that have come; none where nobody watches."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(desc=name, unit="B", unit_scale=True, leave=False, disable=None)
+
+    def show(self, done: int, total: int | None) -> None:
+        self.total = total
+        self.update(done - self.n)
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
+    from service.bundle.files import BundleError, read_bundle
+
     try:
         bundle = read_bundle(parsed.bundle.resolve())
     except BundleError as error:

@@ -1,62 +1,58 @@
-"""Reposed batches as bytes: the frame stream, .npz, animated .glb; and which of them an Accept header asks for."""
+"""Reposed batches as bytes: the table of formats, and which of them an Accept header asks for."""
 
-import io
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import json
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service import frames
-from service.bundle.glb import (
-    FLOAT,
-    VERTEX_DATA,
-    GlbBuilder,
-    Mesh,
-    read_array,
-    read_chunks,
-    read_mesh,
-)
 from service.engine import Batch
-from service.errors import NotAcceptable, OutputInvalid, TooManyFrames
+from service.errors import NotAcceptable, TooManyFrames
+from service.formats.caches import MDD_MEDIA_TYPE as MDD
+from service.formats.caches import PC2_MEDIA_TYPE as PC2
+from service.formats.caches import PC2_ZIP_MEDIA_TYPE as PC2_ZIP
+from service.formats.caches import encode_mdd, encode_pc2, encode_pc2_zip
+from service.formats.clip import Clip, Format
+from service.formats.meshes import OBJ_MEDIA_TYPE as OBJ
+from service.formats.meshes import PLY_MEDIA_TYPE as PLY
+from service.formats.meshes import encode_obj, encode_ply
+from service.formats.morph import GLB_MEDIA_TYPE as GLB
+from service.formats.morph import GLB_ZIP_MEDIA_TYPE as GLB_ZIP
+from service.formats.morph import MAX_GLB_FRAMES, encode_glb, encode_glb_zip
+from service.formats.npz import encode_npz
+from service.formats.skinned import SKINNED_MEDIA_TYPE as SKINNED
+from service.formats.skinned import encode_skinned
+from service.formats.usd import USD_MEDIA_TYPE as USD
+from service.formats.usd import encode_usd
 
-FRAMES, NPZ, GLB = frames.MEDIA_TYPE, "application/x-npz", "model/gltf-binary"
-FORMATS = (FRAMES, NPZ, GLB)
-"""The first is given to those who accept anything."""
-MAX_GLB_FRAMES = 255
-"""three.js keeps each morph target in a layer of one texture, of which WebGL 2 promises 256."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What is the same in every frame of an answer."""
-
-    name: str
-    mesh: Mesh
-    frame_count: int
-    fps: float
+FRAMES, NPZ, NDJSON = frames.MEDIA_TYPE, "application/x-npz", "application/x-ndjson"
+FRAMES_Q16, FRAMES_Q16D = f"{FRAMES};codec=q16", f"{FRAMES};codec=q16d"
+MAX_NDJSON_VERTEX_FRAMES = 200_000
+"""About 8 MB of text; numbers as text cost ten times what they cost as bytes, in time too."""
 
 
 def negotiate(accept: str | None) -> str:
     """The media type to answer with: the highest q wins, the order of `FORMATS` decides between equals.
+
+    The frame stream without a codec, or with `codec=f32`, is that of float32.
 
     Raises:
         NotAcceptable: none of ours is accepted.
     """
     quality: dict[str, tuple[int, float]] = dict.fromkeys(FORMATS, (0, 0.0))  # (how exact the range is, q)
     for item in (accept or "*/*").split(","):
-        media_range, *parameters = (part.strip().lower() for part in item.split(";"))
+        media_range, *parameters = (part.strip().lower().replace(" ", "") for part in item.split(";"))
         q = 1.0
         for name, _, value in (parameter.partition("=") for parameter in parameters):
-            if name.strip() == "q":
+            if name == "q":
                 try:
                     q = min(1.0, max(0.0, float(value)))
                 except ValueError:
                     q = 0.0
+            elif name == "codec" and media_range == FRAMES and value != "f32":
+                media_range += f";codec={value}"
         for kind in FORMATS:
-            ranges = ("", "*/*", kind.split("/")[0] + "/*", kind)
+            ranges = ("", "*/*", kind.split("/")[0] + "/*", kind.split(";")[0], kind)
             exactness = ranges.index(media_range) if media_range in ranges[1:] else 0
             if exactness > quality[kind][0]:
                 quality[kind] = (exactness, q)
@@ -66,144 +62,83 @@ def negotiate(accept: str | None) -> str:
     return best
 
 
-def check_length(media_type: str, frame_count: int) -> None:
+def check_length(media_type: str, clip: Clip) -> None:
     """Refuse, before anything is computed, what the format cannot hold.
 
     Raises:
-        TooManyFrames: an animated .glb of more than 255 frames.
+        TooManyFrames: an animated .glb of more than 255 frames, or more text than anybody should send.
     """
-    if media_type == GLB and frame_count > MAX_GLB_FRAMES:
-        fitting = -(-frame_count // MAX_GLB_FRAMES)
+    if media_type == GLB and clip.frame_count > MAX_GLB_FRAMES:
+        fitting = -(-clip.frame_count // MAX_GLB_FRAMES)
         raise TooManyFrames(
-            f"an animated .glb holds at most {MAX_GLB_FRAMES} frames, got {frame_count}: ask for every={fitting}, "
-            f"post parts of the sequence, or accept {FRAMES} or {NPZ}",
+            f"an animated .glb holds at most {MAX_GLB_FRAMES} frames, got {clip.frame_count}: ask for "
+            f"every={fitting}, or accept {GLB_ZIP}, several clips in a zip",
             limit_frames=MAX_GLB_FRAMES,
+        )
+    largest = MAX_NDJSON_VERTEX_FRAMES // len(clip.mesh.vertices)
+    if media_type == NDJSON and clip.frame_count > largest:
+        raise TooManyFrames(
+            f"as text, at most {largest} frames of this mesh are given, got {clip.frame_count}: accept {FRAMES}",
+            limit_frames=largest,
         )
 
 
-def expected_bytes(media_type: str, clip: Clip) -> int:
-    """About the size of the answer; exact for the frame stream."""
-    return clip.frame_count * frames.frame_bytes(len(clip.mesh.vertices))
+def exact_bytes(media_type: str, clip: Clip) -> int | None:
+    """Size of the answer where it is known before it is computed."""
+    if media_type in (FRAMES, FRAMES_Q16):
+        codec = "f32" if media_type == FRAMES else "q16"
+        return clip.frame_count * frames.frame_bytes(len(clip.mesh.vertices), codec)
+    return None
 
 
 def encode(media_type: str, batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
-    """The answer in pieces, each as soon as its batch is computed."""
-    return {FRAMES: _encode_frames, NPZ: _encode_npz, GLB: _encode_glb}[media_type](batches, clip)
+    """The answer in pieces, each as soon as its batch is computed; a piece may be empty."""
+    return TABLE[media_type].encode(batches, clip)
 
 
-def _encode_frames(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
+def _frames(codec: frames.Codec) -> Callable[[Iterator[Batch], Clip], Iterator[bytes]]:
+    def encode_stream(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
+        encoder = frames.FrameEncoder(codec)
+        for batch in batches:
+            numbers = range(batch.start, batch.start + len(batch.vertices))
+            yield b"".join(
+                encoder.encode(vertices, root, seq=n, frame=n, last=n == clip.frame_count - 1)
+                for n, vertices, root in zip(numbers, batch.vertices, batch.pelvis, strict=True)
+            )
+
+    return encode_stream
+
+
+def _encode_ndjson(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
+    """A line for each frame: its number, its time in seconds, pelvis and vertices in metres, to a micrometre."""
     for batch in batches:
-        server_us = min(int(1e6 * batch.seconds / len(batch.vertices)), 0xFFFFFFFF)
-        numbers = range(batch.start, batch.start + len(batch.vertices))
-        yield b"".join(
-            frames.encode_frame(vertices, root, seq=n, frame=n, last=n == clip.frame_count - 1, server_us=server_us)
-            for n, vertices, root in zip(numbers, batch.vertices, batch.pelvis, strict=True)
-        )
+        lines = []
+        for n, (vertices, pelvis) in enumerate(zip(batch.vertices, batch.pelvis, strict=True), batch.start):
+            rounded = {name: np.round(array.astype(np.float64), 6).tolist()
+                       for name, array in (("pelvis", pelvis), ("vertices", vertices))}  # fmt: skip
+            lines.append(json.dumps({"frame": n, "time": n / clip.fps, **rounded}, separators=(",", ":")))
+        yield "".join(f"{line}\n" for line in lines).encode()
 
 
-def _encode_npz(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
-    """`numpy.savez(vertices, faces, fps)`, written as it is computed: the archive is never whole in memory."""
-    sink = _Sink()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in (("faces", clip.mesh.faces), ("fps", np.array(clip.fps))):
-            with archive.open(_member(name), "w") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-        with archive.open(_member("vertices"), "w", force_zip64=True) as file:
-            shape = (clip.frame_count, len(clip.mesh.vertices), 3)
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for batch in batches:
-                file.write(np.ascontiguousarray(batch.vertices, "<f4").tobytes())
-                yield sink.taken()
-    yield sink.taken()
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    # A fixed date: equal answers are equal bytes.
-    return zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-
-
-class _Sink(io.RawIOBase):
-    """A file that only grows at its end and gives away what was written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._parts: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._parts.append(bytes(data))
-        return len(self._parts[-1])
-
-    def taken(self) -> bytes:
-        parts, self._parts = self._parts, []
-        return b"".join(parts)
-
-
-def _encode_glb(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
-    # The JSON comes first and holds the bounds of every frame, so all of them must be known.
-    yield animated_glb(clip, np.concatenate([batch.vertices for batch in batches]))
-
-
-def animated_glb(clip: Clip, vertices: NDArray[np.float32]) -> bytes:
-    """An animated GLB: the canonical mesh, one morph target for each frame, linear weights between them.
-
-    Args:
-        vertices: (F, V, 3), metres, F at most 255.
-    """
-    base, frame_count = clip.mesh.vertices, len(vertices)
-    # Normals of the canonical pose would light the other poses wrongly; without any, the viewer makes its own.
-    still = replace(clip.mesh, normals=None, skin_joints=None, skin_weights=None)
-    with np.errstate(over="ignore"):
-        deltas = vertices - base
-    if not np.isfinite(deltas).all():
-        raise OutputInvalid("the vertices are too far away for float32")
-    builder = GlbBuilder()
-    attributes, indices = builder.add_mesh_arrays(still)
-    builder.add_material(still)
-    view = builder.add_view(deltas.reshape(-1, 3), FLOAT, VERTEX_DATA, stride=12)
-    targets = [
-        {"POSITION": builder.add_accessor(view, 12 * len(base) * n, delta, FLOAT, bounds=True)}
-        for n, delta in enumerate(deltas)
-    ]
-    times = builder.add_array((np.arange(frame_count) / clip.fps).astype(np.float32), FLOAT, bounds=True)
-    weights = builder.add_array(np.eye(frame_count, dtype=np.float32).reshape(-1), FLOAT)
-    builder.document |= {
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"mesh": 0, "name": clip.name}],
-        "meshes": [
-            {
-                "name": clip.name,
-                "primitives": [{"attributes": attributes, "indices": indices, "material": 0, "targets": targets}],
-                # A viewer that does not play the clip shows its first frame.
-                "weights": [1.0] + [0.0] * (frame_count - 1),
-                "extras": {"targetNames": [f"frame {n}" for n in range(frame_count)], "fps": clip.fps},
-            }
-        ],
-        "animations": [
-            {
-                "name": "motion",
-                "samplers": [{"input": times, "output": weights, "interpolation": "LINEAR"}],
-                "channels": [{"sampler": 0, "target": {"node": 0, "path": "weights"}}],
-            }
-        ],
-    }
-    return builder.finish()
-
-
-def read_animated_glb(data: bytes) -> tuple[Mesh, NDArray[np.float32], NDArray[np.float32]]:
-    """What `animated_glb` wrote: the canonical mesh, the vertices (F, V, 3), the time of each frame in seconds.
-
-    Raises:
-        ValueError: it was not written by us.
-    """
-    mesh = read_mesh(data)
-    document, binary = read_chunks(data)
-    targets = document["meshes"][0]["primitives"][0]["targets"]
-    sampler = document["animations"][0]["samplers"][0]
-    deltas = np.stack([read_array(document, binary, target["POSITION"], FLOAT, "VEC3") for target in targets])
-    times = read_array(document, binary, sampler["input"], FLOAT, "SCALAR")
-    weights = read_array(document, binary, sampler["output"], FLOAT, "SCALAR").reshape(len(times), len(targets))
-    return mesh, mesh.vertices + np.einsum("ft,tvc->fvc", weights, deltas, optimize=True), times
+TABLE = {
+    row.media_type: row
+    for row in (
+        Format(FRAMES, ".frames", _frames("f32")),
+        Format(FRAMES_Q16, ".q16.frames", _frames("q16")),
+        Format(FRAMES_Q16D, ".q16d.frames", _frames("q16d")),
+        Format(NPZ, ".npz", encode_npz),
+        Format(GLB, ".glb", encode_glb),
+        Format(GLB_ZIP, ".glb.zip", encode_glb_zip),
+        Format(SKINNED, ".skinned.glb", encode_skinned, needs_batches=False),
+        Format(USD, ".usdz", encode_usd),
+        Format(PC2_ZIP, ".pc2.zip", encode_pc2_zip),
+        Format(PC2, ".pc2", encode_pc2),
+        Format(MDD, ".mdd", encode_mdd),
+        Format(PLY, ".ply.zip", encode_ply),
+        Format(OBJ, ".obj.zip", encode_obj),
+        Format(NDJSON, ".ndjson", _encode_ndjson),
+    )
+}
+"""Every format of an answer by its media type."""
+FORMATS = tuple(TABLE)
+"""The first is given to those who accept anything."""

@@ -18,9 +18,10 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers import FRAMES, GLB, MAX_GLB_FRAMES, read_animated_glb
+from service.answers import FRAMES, GLB
 from service.bundle.glb import Mesh, read_mesh, welded_faces
 from service.bundle.skeleton import axis_angle_to_matrix
+from service.formats.morph import MAX_GLB_FRAMES, read_animated_glb
 from service.frames import decode_stream
 from service.picture import contact_sheet, render, save_png, texture_of
 

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.bundle.manifest import INPUTS, OUTPUTS, TensorRecord
+from service.bundle.manifest import INPUTS, OUTPUTS, PLAIN, TensorRecord
 from service.bundle.skeleton import Skeleton
-from service.errors import AvatarUnavailable, EngineFailed, OutputInvalid
+from service.errors import AvatarUnavailable, EngineFailed, OutOfMemory, OutputInvalid
 from service.poses import PoseSequence
 
 log = logging.getLogger(__name__)
+_SIGNS_OF_TOO_LITTLE_MEMORY = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+"""In the messages of ONNX Runtime's allocators, of CUDA, of its libraries, and of C++."""
 
 
 class Engine(Protocol):
@@ -47,13 +50,31 @@ class Batch:
     pelvis: NDArray[np.float32]
     """(F, 3), metres."""
     seconds: float
+    queue_s: float = 0.0
+    """How long these frames waited for the engine."""
+
+
+AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 20}
+"""Vertices of all frames together in one run: on a CPU what its caches hold, on CUDA what fits beside others."""
+HELD_MESHES = 8
+"""Canonical meshes kept on the device."""
 
 
 class OnnxEngine:
-    """A graph in ONNX Runtime, on CUDA where that is there and works, else on the CPU."""
+    """A graph in ONNX Runtime, on CUDA where that is there and works, else on the CPU.
 
-    def __init__(self, graph: bytes, *, threads: int = 0, cpu_only: bool = False) -> None:
+    CUDA graphs are not captured: the branch between the two forms of the network (see `PLAIN`) rules them out, and
+    the some hundred launches that they would save are a tenth of what a single frame may take.
+    """
+
+    def __init__(self, graph: bytes, *, threads: int = 0, cpu_only: bool = False, plain: bool = False) -> None:
         """Load a graph from memory: files beside it (external data) are out of its reach.
+
+        Args:
+            graph: contents of `repose.onnx`.
+            threads: 0 for as many as there are cores.
+            cpu_only: do not look for CUDA.
+            plain: run the reference form of the network, for comparison; graphs without a choice have one form.
 
         Raises:
             AvatarUnavailable: no valid graph, or not one with the inputs and outputs of a bundle.
@@ -78,6 +99,9 @@ class OnnxEngine:
         # ONNX Runtime falls back without an error, so what was asked for proves nothing.
         self.provider: str = self._session.get_providers()[0]
         self.device = "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
+        self._plain = plain and PLAIN in [tensor.name for tensor in self._session.get_overridable_initializers()]
+        self._held: dict[int, tuple[NDArray[np.float32], ort.OrtValue]] = {}
+        self._lock = threading.Lock()
         if self.device == "cpu" and len(wanted) > 1:
             log.warning("CUDA is offered by onnxruntime but does not start: running on the CPU")
 
@@ -87,16 +111,56 @@ class OnnxEngine:
         bone_transforms: NDArray[np.float32],
         root_transforms: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        inputs = {
-            "canonical_vertices": canonical_vertices,
-            "bone_transforms": bone_transforms,
-            "root_transforms": root_transforms,
-        }
+        frames = len(bone_transforms)
+        vertices = np.empty((frames, len(canonical_vertices), 3), np.float32)
+        size = max(1, AT_ONCE[self.device] // max(1, len(canonical_vertices)))
         try:
-            (vertices,) = self._session.run(["vertices"], inputs)
+            mesh = self._on_device(canonical_vertices)
+            for start in range(0, frames, size):
+                part = slice(start, start + size)
+                self._run(mesh, bone_transforms[part], root_transforms[part], vertices[part])
         except Exception as error:  # as above
+            if any(sign in str(error) for sign in _SIGNS_OF_TOO_LITTLE_MEMORY):
+                raise OutOfMemory("the device has no memory left") from error
             raise EngineFailed("ONNX Runtime failed") from error
-        return np.asarray(vertices)
+        return vertices
+
+    def _run(
+        self,
+        mesh: ort.OrtValue,
+        bone_transforms: NDArray[np.float32],
+        root_transforms: NDArray[np.float32],
+        vertices: NDArray[np.float32],
+    ) -> None:
+        """Repose into `vertices`, to which ONNX Runtime writes without a copy in between."""
+        inputs = {
+            "bone_transforms": np.ascontiguousarray(bone_transforms, np.float32),
+            "root_transforms": np.ascontiguousarray(root_transforms, np.float32),
+        }
+        if self._plain:  # an optional input cannot be bound
+            named = inputs | {"canonical_vertices": mesh.numpy(), PLAIN: np.array(True)}
+            vertices[...] = np.asarray(self._session.run(["vertices"], named)[0])
+            return
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("canonical_vertices", mesh)
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("vertices", "cpu", 0, np.float32, vertices.shape, vertices.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+    def _on_device(self, canonical_vertices: NDArray[np.float32]) -> ort.OrtValue:
+        """The mesh where the graph runs; copied there once, as long as the caller passes the same array."""
+        if self.device == "cpu":
+            return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(canonical_vertices, np.float32))
+        with self._lock:
+            held = self._held.get(id(canonical_vertices))
+            if held is None:
+                if len(self._held) >= HELD_MESHES:
+                    self._held.clear()
+                value = ort.OrtValue.ortvalue_from_numpy(canonical_vertices, "cuda", 0)
+                # With the array itself, so that no other one gets its id.
+                self._held[id(canonical_vertices)] = held = canonical_vertices, value
+            return held[1]
 
 
 def repose_in_batches(

@@ -6,6 +6,7 @@ Every class is one problem with a stable code; the same instance of the fault al
 # ruff: noqa: N818 - what went wrong is the name; that it is an error shows where it is raised.
 
 import logging
+import math
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -13,22 +14,22 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 
 log = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
 
 
 class AvatarServiceError(Exception):
-    """Root of the tree.  `extra` members travel in the problem next to the standard ones."""
+    """Root of the tree.  `extra` members travel in the problem next to the standard ones, `headers` beside it."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "The service failed"
 
-    def __init__(self, detail: str = "", **extra: Any) -> None:
+    def __init__(self, detail: str = "", headers: dict[str, str] | None = None, **extra: Any) -> None:
         super().__init__(detail)
-        self.extra = extra
+        self.headers, self.extra = headers or {}, extra
 
 
 class AvatarNotFound(AvatarServiceError):
@@ -56,15 +57,43 @@ class NotReady(AvatarServiceError):
 
 
 class EngineFailed(AvatarServiceError):
-    """The engine raised; nothing is known about why."""
+    """The engine raised; nothing is known about why.  The session is checked, and rebuilt if need be."""
 
-    status, code, title = 500, "engine-failed", "The avatar could not be reposed"
+    status, code, title = 503, "engine-failed", "The avatar could not be reposed"
+
+
+class OutOfMemory(EngineFailed):
+    """The device has no memory left for a batch of this size."""
+
+    code, title = "out-of-memory", "The device has no memory left"
 
 
 class OutputInvalid(AvatarServiceError):
     """The engine's answer has the wrong shape or is not finite."""
 
-    status, code, title = 500, "output-invalid", "The avatar's graph gave an invalid surface"
+    status, code, title = 500, "model-output-invalid", "The avatar's graph gave an invalid surface"
+
+
+class Overloaded(AvatarServiceError):
+    """More is waiting than can be computed in time, or there is no memory for one more avatar."""
+
+    status, code, title = 503, "overloaded", "The service is busy"
+
+    def __init__(self, detail: str = "", retry_after_s: float = 1.0) -> None:
+        seconds = max(1, math.ceil(retry_after_s))
+        super().__init__(detail, {"Retry-After": str(seconds)}, retry_after_s=seconds)
+
+
+class Draining(AvatarServiceError):
+    """The process is about to end and takes no new work."""
+
+    status, code, title = 503, "draining", "The service is shutting down"
+
+
+class DeadlinePassed(AvatarServiceError):
+    """The time that the client gave is over."""
+
+    status, code, title = 504, "deadline", "Not computed within the time given"
 
 
 class InvalidPose(AvatarServiceError):
@@ -157,23 +186,131 @@ class UnsupportedMedia(AvatarServiceError):
     status, code, title = 415, "unsupported-media-type", "The type of the body is not supported"
 
 
-def problem(request: Request, status: int, code: str, title: str, detail: str | None, **extra: Any) -> JSONResponse:
+class Unauthorized(AvatarServiceError):
+    """No API key, or one that is not known."""
+
+    status, code, title = 401, "unauthorized", "A valid API key is needed"
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(detail, {"WWW-Authenticate": 'Bearer realm="reposer"'})
+
+
+class Forbidden(AvatarServiceError):
+    """The API key is not for this plane."""
+
+    status, code, title = 403, "forbidden", "The API key does not allow this"
+
+
+class OriginRefused(AvatarServiceError):
+    """A browser calls from a page that is not allowed to."""
+
+    status, code, title = 403, "origin-refused", "Pages of this origin may not call"
+
+
+class RateLimited(AvatarServiceError):
+    """More requests in a short time than this key may send."""
+
+    status, code, title = 429, "rate-limited", "Too many requests"
+
+
+class HeadersTooLarge(AvatarServiceError):
+    """More header lines or bytes than the service reads."""
+
+    status, code, title = 431, "headers-too-large", "The request's headers are too large"
+
+
+class TargetInvalid(AvatarServiceError):
+    """The path or query is too long, or the path has letters that no path of ours has."""
+
+    status, code, title = 404, "not-found", "Not Found"
+
+
+class BodyBroken(AvatarServiceError):
+    """The body is cut into crumbs, or not as long as was announced."""
+
+    status, code, title = 400, "body-broken", "The body cannot be read"
+
+
+class BodyTooSlow(AvatarServiceError):
+    """No byte of the body came for a long time."""
+
+    status, code, title = 408, "body-too-slow", "The body did not arrive in time"
+
+
+class BundleInvalid(AvatarServiceError):
+    """What was uploaded is not a bundle that may be served."""
+
+    status, code, title = 422, "bundle-invalid", "The bundle is refused"
+
+
+class UploadConflict(AvatarServiceError):
+    """Another upload or deletion of the same avatar is at work."""
+
+    status, code, title = 409, "upload-conflict", "The avatar is being changed"
+
+
+class PreconditionFailed(AvatarServiceError):
+    """The avatar is not at the version that If-Match or If-None-Match names."""
+
+    status, code, title = 412, "precondition-failed", "The avatar is at another version"
+
+
+class VersionNotFound(AvatarServiceError):
+    """The version is not kept."""
+
+    status, code, title = 404, "version-not-found", "No such version of the avatar"
+
+
+class InsufficientStorage(AvatarServiceError):
+    """The disk is full."""
+
+    status, code, title = 507, "insufficient-storage", "There is no room on the disk"
+
+
+class JobNotFound(AvatarServiceError):
+    """There is no such job, or it was removed to make room, or its avatar was changed."""
+
+    status, code, title = 404, "job-not-found", "No such job"
+
+
+class JobNotFinished(AvatarServiceError):
+    """The job has no result yet."""
+
+    status, code, title = 409, "job-not-finished", "The job is not finished"
+
+
+class JobFailed(AvatarServiceError):
+    """The job has ended without a result."""
+
+    status, code, title = 409, "job-failed", "The job has no result"
+
+
+def problem(
+    request: HTTPConnection, status: int, code: str, title: str, detail: str | None, **extra: Any
+) -> JSONResponse:
     """Problem details (RFC 9457) as an answer that is never cached."""
     body = {"type": f"urn:reposer:problem:{code}", "title": title, "status": status}
     if detail:
         body["detail"] = detail
     body |= {"instance": request.url.path, "code": code, **extra}
+    if request_id := request.scope.get("state", {}).get("request_id"):
+        body["request_id"] = request_id
     return JSONResponse(body, status, media_type=PROBLEM_TYPE, headers={"Cache-Control": "no-store"})
 
 
-async def as_problem(request: Request, error: Exception) -> Response:
+async def as_problem(request: HTTPConnection, error: Exception) -> Response:
     """Render an error of ours."""
     assert isinstance(error, AvatarServiceError)
     if error.status >= 500:
-        log.error("%s %s: %s: %s", request.method, request.url.path, error.code, error, exc_info=error.__cause__)
+        method = request.scope.get("method", "WebSocket")
+        # To refuse work is no fault of ours, and comes by the thousand when it comes.
+        level = logging.INFO if isinstance(error, Overloaded | Draining | DeadlinePassed) else logging.ERROR
+        log.log(level, "%s %s: %s: %s", method, request.url.path, error.code, error, exc_info=error.__cause__)
     # A 5xx message may name paths and hosts, so only its title leaves the process.
     detail = str(error) if error.status < 500 else None
-    return problem(request, error.status, error.code, error.title, detail, **error.extra)
+    answer = problem(request, error.status, error.code, error.title, detail, **error.extra)
+    answer.headers.update(error.headers)
+    return answer
 
 
 async def _validation_problem(request: Request, error: Exception) -> Response:

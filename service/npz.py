@@ -45,6 +45,9 @@ def read_npz(data: bytes, names: Collection[str], max_bytes: int) -> dict[str, N
     end = data.rfind(b"PK\x05\x06", max(0, len(data) - 65_557))
     if end < 0 or end + 22 > len(data):
         raise NpzInvalid("the body is not a zip archive, which every .npz is")
+    # A 64-bit locator before it would let zipfile believe other numbers than these.
+    if data[max(0, end - 20) : end].startswith(b"PK\x06\x07"):
+        raise NpzInvalid("the archive is of the 64-bit form, which no .npz within the limits needs")
     count = struct.unpack_from("<H", data, end + 10)[0]
     directory_bytes = struct.unpack_from("<I", data, end + 12)[0]
     if count > MAX_MEMBERS or directory_bytes > MAX_MEMBERS * 512:

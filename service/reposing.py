@@ -6,35 +6,46 @@ a time, so that the event loop stays free, requests share the device fairly, and
 the work at the next batch.
 """
 
-from collections.abc import AsyncIterator, Iterator
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from functools import partial
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
 
 from service import answers
-from service.answers import Clip
-from service.avatars import Avatar, AvatarStore
+from service.avatars import AvatarStore
 from service.cache import AnswerCache, answer_key
-from service.engine import repose_in_batches
-from service.errors import BodyTooLarge, UnsupportedMedia
-from service.poses import Options, PoseSequence, parse_json, parse_npz
+from service.engine_room import EngineRoom
+from service.errors import BodyTooLarge, OptionInvalid, TooManyFrames, UnsupportedMedia
+from service.formats.clip import Clip
+from service.metrics import Metrics
+from service.poses import parse_json, parse_npz
+from service.production import Order, Production, Times, pieces
 from service.schemas import ReposeQuery
 from service.settings import Settings
 
 JSON_TYPES = ("application/json",)
-NPZ_TYPES = ("application/x-npz", "application/octet-stream", "application/zip")
-_SUFFIXES = {answers.FRAMES: "frames", answers.NPZ: "npz", answers.GLB: "glb"}
+NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
+MAX_TIMEOUT_S = 24 * 3600
+SHORT = 500
+"""Frames whose key takes a millisecond; to ask a thread for it takes longer on a busy machine."""
 
 
 class Reposing:
     """Answers reposing requests for all avatars of a store."""
 
-    def __init__(self, settings: Settings, store: AvatarStore) -> None:
-        self._settings, self._store = settings, store
-        self.cache = AnswerCache(settings.cache_bytes, settings.cache_entry_bytes)
-        self._inference = CapacityLimiter(settings.parallel_inferences)
+    def __init__(
+        self, settings: Settings, store: AvatarStore, room: EngineRoom, cache: AnswerCache, metrics: Metrics
+    ) -> None:
+        self._settings, self._store, self._room, self._metrics = settings, store, room, metrics
+        self.cache = cache
+        self._on_its_way: dict[str, Production] = {}
 
     async def answer(self, avatar_id: str, query: ReposeQuery, request: Request) -> Response:
         """Read the poses out of `request` and repose the avatar.
@@ -42,52 +53,163 @@ class Reposing:
         Raises:
             AvatarServiceError: the poses, the avatar or the format asked for will not do; the subclass says why.
         """
-        avatar = self._store.get(avatar_id)
-        mesh = avatar.mesh(query.lod)
-        media_type = answers.negotiate(request.headers.get("accept"))
-        body_is_json = _body_is_json(request)
-        limit = self._settings.max_json_bytes if body_is_json else self._settings.max_npz_bytes
-        body = await read_body(request, limit)
-        poses = await to_thread.run_sync(partial(self._parse, body, body_is_json, query.options(), avatar))
-        answers.check_length(media_type, len(poses))
+        times, deadline = Times(), deadline_of(request.headers)
+        order = await self.order(avatar_id, query, request, times)
+        key = key_of(order) if len(order.poses) <= SHORT else await to_thread.run_sync(key_of, order)
+        headers = applied(order) | {"ETag": f'"{key.rpartition(":")[2]}"', "Vary": "Accept"}
+        if headers["ETag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
+            return Response(status_code=304, headers=headers)
+        if "no-store" in request.headers.get("cache-control", "").lower():
+            source, headers["X-Cache"] = self._pieces(order, times, deadline), "bypass"
+            headers["Cache-Control"] = "no-store"
+        else:
+            began = time.perf_counter()
+            cached = await self.cache.get(key)
+            times.add("cache", time.perf_counter() - began)
+            self._metrics.cache.labels("miss" if cached is None else "hit").inc()
+            if cached is not None:
+                headers |= {"X-Cache": "hit", "Server-Timing": times.header()}
+                return Response(cached, media_type=order.media_type, headers=headers)
+            headers["X-Cache"] = "miss"
+            size = answers.exact_bytes(order.media_type, order.clip)
+            if deadline is None and size is not None and size <= self.cache.max_entry_bytes:
+                source = self._shared(key, order, times)
+            else:
+                source = self._kept(key, order, times, deadline)
+        try:
+            first = await anext(source)
+        except BaseException:
+            await source.aclose()
+            raise
+        size = answers.exact_bytes(order.media_type, order.clip)
+        if size is not None:
+            headers["Content-Length"] = str(size)
+        headers["Server-Timing"] = times.header()
+        return _Stream(first, source, order.media_type, headers)
 
-        clip = Clip(avatar.id, mesh, len(poses), poses.fps)
-        headers = _headers(avatar, query.lod, media_type, poses, clip)
-        key = await to_thread.run_sync(answer_key, avatar.bundle.digest, query.lod, media_type, poses)
-        cached = self.cache.get(key)
-        if cached is not None:
-            return Response(cached, media_type=media_type, headers=headers | {"X-Cache": "hit"})
-        batches = repose_in_batches(
-            avatar.engine, avatar.bundle.skeleton, mesh.vertices, poses, self._settings.batch_vertex_frames
-        )
-        chunks = answers.encode(media_type, batches, clip)
-        first = await self._next(chunks)
-        assert first is not None
-        if media_type == answers.FRAMES:
-            headers["Content-Length"] = str(answers.expected_bytes(media_type, clip))
-        keep = answers.expected_bytes(media_type, clip) <= self.cache.max_entry_bytes
-        stream = self._stream(first, chunks, key if keep else None)
-        return StreamingResponse(stream, media_type=media_type, headers=headers | {"X-Cache": "miss"})
+    async def order(
+        self, avatar_id: str, query: ReposeQuery, request: Request, times: Times, in_background: bool = False
+    ) -> Order:
+        """What `request` asks for, checked.
 
-    def _parse(self, body: bytes, body_is_json: bool, options: Options, avatar: Avatar) -> PoseSequence:
-        pelvis, settings = avatar.bundle.skeleton.rest_joints[0], self._settings
-        if body_is_json:
-            return parse_json(body, options, pelvis, settings.max_frames)
-        return parse_npz(body, options, pelvis, settings.max_frames, settings.max_npz_bytes)
+        Args:
+            in_background: as a job, which may be longer.
 
-    async def _stream(self, first: bytes, chunks: Iterator[bytes], key: bytes | None) -> AsyncIterator[bytes]:
-        kept, chunk = [], first
-        while chunk is not None:
-            if key is not None:
-                kept.append(chunk)
-            yield chunk
-            chunk = await self._next(chunks)
+        Raises:
+            AvatarServiceError: it cannot be done; the subclass says why.
+        """
+        settings = self._settings
+        async with self._store.lease(avatar_id) as avatar:
+            mesh = avatar.mesh(query.lod)
+            media_type = answers.negotiate(request.headers.get("accept"))
+            body_is_json = _body_is_json(request)
+            body = await read_body(request, settings.max_json_bytes if body_is_json else settings.max_npz_bytes)
+            began = time.perf_counter()
+            pelvis = avatar.bundle.skeleton.rest_joints[0]
+            most = settings.max_job_frames if in_background else settings.max_frames
+            parse = (
+                partial(parse_json, body)
+                if body_is_json
+                else partial(parse_npz, body, max_bytes=settings.max_npz_bytes)
+            )
+            read = partial(parse, options=query.options(), pelvis=pelvis, max_frames=most)
+            try:
+                poses = await to_thread.run_sync(read)
+            except TooManyFrames as error:
+                hint = f"; POST /avatars/{avatar_id}/jobs takes {settings.max_job_frames}"
+                raise TooManyFrames(f"{error}{'' if in_background else hint}", limit_frames=most) from error
+            times.add("parse", time.perf_counter() - began)
+        clip = Clip(avatar.id, mesh, len(poses), poses.fps, avatar.bundle.skeleton, poses)
+        answers.check_length(media_type, clip)
+        return Order(avatar, query.lod, media_type, poses, clip)
+
+    def _pieces(self, order: Order, times: Times, deadline: float | None) -> AsyncGenerator[bytes, None]:
+        return pieces(self._room, order, times, self._metrics, deadline)
+
+    async def _kept(self, key: str, order: Order, times: Times, deadline: float | None) -> AsyncGenerator[bytes, None]:
+        """The answer in pieces; the whole of it is kept at the end, if it is not too long."""
+        kept: list[bytes] | None = []
+        size = 0
+        async with aclosing(self._pieces(order, times, deadline)) as source:
+            async for piece in source:
+                size += len(piece)
+                if size > self.cache.max_entry_bytes:
+                    kept = None
+                if kept is not None:
+                    kept.append(piece)
+                yield piece
         # Only here: what failed or was broken off is never kept.
-        if key is not None:
-            self.cache.put(key, b"".join(kept))
+        if kept is not None:
+            await self.cache.put(key, b"".join(kept))
 
-    async def _next(self, chunks: Iterator[bytes]) -> bytes | None:
-        return await to_thread.run_sync(next, chunks, None, limiter=self._inference)
+    def _shared(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
+        """The same, computed once for all who ask at the same time, here or in another replica."""
+        production = self._on_its_way.get(key)
+        if production is None or production.ended:
+            # Before other replicas are asked: a refusal should cost little.
+            self._room.check_admission(order.avatar, order.lod, len(order.poses))
+            production = self._on_its_way[key] = Production(self._in_turn(key, order, times))
+            production.task.add_done_callback(lambda _: self._forget(key))
+        return production.read()
+
+    async def _in_turn(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
+        async with self.cache.turn(key) as answer:
+            if answer is not None:
+                yield answer
+                return
+            async with aclosing(self._kept(key, order, times, None)) as source:
+                async for piece in source:
+                    yield piece
+
+    def _forget(self, key: str) -> None:
+        if key in self._on_its_way and self._on_its_way[key].ended:
+            del self._on_its_way[key]
+
+
+class _Stream(StreamingResponse):
+    """Sends pieces as they come, and calls off the rest when the client has gone, or was never reached."""
+
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], media_type: str, headers: dict[str, str]
+    ) -> None:
+        super().__init__(_not_empty(first, rest), media_type=media_type, headers=headers)
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await super().__call__(scope, receive, send)
+
+
+async def _not_empty(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if first:
+        yield first
+    async for piece in rest:
+        if piece:
+            yield piece
+
+
+def key_of(order: Order) -> str:
+    """The key of the answer; takes a while for long sequences."""
+    return answer_key(order.avatar.bundle.digest, order.lod, order.media_type, order.poses)
+
+
+def deadline_of(headers: Headers) -> float | None:
+    """When the client stops waiting, on the clock of `time.monotonic`: the earlier one, if there are two.
+
+    Raises:
+        OptionInvalid: a time that is not a number above zero.
+    """
+    deadlines = []
+    for name, unit_s in (("Request-Timeout", 1.0), ("X-Deadline-Ms", 0.001)):
+        if name in headers:
+            try:
+                seconds = float(headers[name]) * unit_s
+            except ValueError:
+                seconds = math.nan
+            if not 0 < seconds <= MAX_TIMEOUT_S:
+                raise OptionInvalid(f"expected {name} to be above 0 and at most a day")
+            deadlines.append(time.monotonic() + seconds)
+    return min(deadlines, default=None)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -119,22 +241,25 @@ def _body_is_json(request: Request) -> bool:
     return content_type in JSON_TYPES
 
 
-def _headers(avatar: Avatar, lod: str, media_type: str, poses: PoseSequence, clip: Clip) -> dict[str, str]:
+def applied(order: Order) -> dict[str, str]:
     """What was applied, so that nobody has to guess."""
+    avatar, poses = order.avatar, order.poses
     headers = {
         "Reposer-Avatar": avatar.id,
         "Reposer-Bundle": avatar.bundle.digest,
-        "Reposer-Lod": lod,
-        "Reposer-Frames": str(clip.frame_count),
-        "Reposer-Vertices": str(len(clip.mesh.vertices)),
+        "Reposer-Lod": order.lod,
+        "Reposer-Frames": str(order.clip.frame_count),
+        "Reposer-Vertices": str(len(order.clip.mesh.vertices)),
         "Reposer-Fps": f"{poses.fps:.6g}",
         "Reposer-Up-Axis": poses.up_axis,
         "Reposer-Units": poses.units,
         "Reposer-Rotation": poses.rotation,
+        "Reposer-Frame": poses.frame,
         "Reposer-Device": avatar.engine.device,
-        "Vary": "Accept",
-        "Content-Disposition": f'attachment; filename="{avatar.id}.{_SUFFIXES[media_type]}"',
+        "Content-Disposition": f'attachment; filename="{avatar.id}{answers.TABLE[order.media_type].suffix}"',
     }
+    if poses.posted_fps is not None:
+        headers["Reposer-Posted-Fps"] = f"{poses.posted_fps:.6g}"
     if poses.warnings:
         headers["Warning"] = ", ".join(f'299 reposer "{text}"' for text in poses.warnings)
     return headers

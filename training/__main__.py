@@ -167,6 +167,8 @@ def _check_id(path: Path) -> None:
 
 def _bundle(run: Path, subject: Subject | Path | None, path: Path, source: "MeshSource | None" = None) -> None:
     """Extract, evaluate on the test split where there is one, and write the bundle."""
+    import numpy as np
+
     from training.colour import painted
     from training.evaluate import evaluate, summary
     from training.export import canonical_meshes, export_bundle, rounded
@@ -194,7 +196,8 @@ def _bundle(run: Path, subject: Subject | Path | None, path: Path, source: "Mesh
     }
     kept = {key: value for key, value in words.items() if key != "subject_folder"}
     meshes = painted(meshes, ins, Frames(subject, "train"))
-    manifest = export_bundle(ins, subject.skeleton, meshes, path, provenance, metrics, kept)
+    poses = np.concatenate([subject.sequence(name).pose for name in subject.sequences])
+    manifest = export_bundle(ins, subject.skeleton, meshes, path, provenance, metrics, kept, poses)
     sizes = ", ".join(f"{lod} {level.vertices}" for lod, level in manifest.levels_of_detail.items())
     print(f"{path}: vertices {sizes}; {json.dumps(manifest.metrics)}")
 

@@ -122,7 +122,16 @@ def read_bundle(path: Path) -> Bundle:
     return _read(path, path.name)
 
 
-def _read(path: Path, avatar_id: str) -> Bundle:
+def read_manifest(path: Path) -> Manifest:
+    """Read what a bundle says of itself; its other files are neither read nor verified.
+
+    Raises:
+        BundleError: `avatar.json` is missing or invalid, or the folder is not named after the avatar.
+    """
+    return _read_manifest(path, path.name)[0]
+
+
+def _read_manifest(path: Path, avatar_id: str) -> tuple[Manifest, bytes]:
     text = _read_file(path / MANIFEST_FILE, None)
     try:
         document = json.loads(text)
@@ -136,6 +145,11 @@ def _read(path: Path, avatar_id: str) -> Bundle:
         raise BundleError(f"{MANIFEST_FILE} is not valid: {error}") from error
     if manifest.id != avatar_id:
         raise BundleError(f"the folder {avatar_id!r} holds the avatar {manifest.id!r}")
+    return manifest, text
+
+
+def _read(path: Path, avatar_id: str) -> Bundle:
+    manifest, text = _read_manifest(path, avatar_id)
     present = {entry.name for entry in path.iterdir()}
     expected = set(manifest.files) | {MANIFEST_FILE}
     if present != expected:

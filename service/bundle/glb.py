@@ -17,7 +17,7 @@ MAGIC, JSON_CHUNK, BINARY_CHUNK = b"glTF", 0x4E4F534A, 0x004E4942
 BYTE, SHORT, INT, FLOAT = 5121, 5123, 5125, 5126  # glTF component types, unsigned unless float
 VERTEX_DATA, INDEX_DATA = 34962, 34963  # glTF buffer view targets
 _COMPONENTS = {BYTE: np.dtype("u1"), SHORT: np.dtype("<u2"), INT: np.dtype("<u4"), FLOAT: np.dtype("<f4")}
-_WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
+_WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 OWN_COLORS = "_COLOR_SRGB"
 """Attribute with the colours of the vertices of a mesh that has a texture."""
 JPEG_MAGIC = b"\xff\xd8\xff"
@@ -80,9 +80,10 @@ def strongest_bones(weights: NDArray[np.floating]) -> tuple[NDArray[np.uint8], N
     joints = np.argsort(-weights, axis=1, kind="stable")[:, :4]
     strongest = np.take_along_axis(weights, joints, axis=1).astype(np.float64)
     strongest /= strongest.sum(axis=1, keepdims=True)
+    strongest = strongest.astype(np.float32)
     # glTF: a bone without weight is joint 0.
     joints = np.where(strongest > 0, joints, 0)
-    return joints.astype(np.uint8), strongest.astype(np.float32)
+    return joints.astype(np.uint8), strongest
 
 
 def linear_light(colors: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -110,6 +111,7 @@ class GlbBuilder:
         }
         self._parts: list[bytes] = []
         self._size = 0
+        self._reserved = 0
 
     def add_array(self, array: NDArray[Any], component: int, target: int | None = None, **extra: Any) -> int:
         """Add one array in a buffer view of its own and return the number of its accessor."""
@@ -132,6 +134,13 @@ class GlbBuilder:
         self._size += data.nbytes + padding
         return len(self.document["bufferViews"]) - 1
 
+    def reserve_view(self, size: int, target: int, stride: int) -> int:
+        """Announce a last view of `size` bytes, a multiple of four, that the caller writes behind `finish()`."""
+        view = {"buffer": 0, "byteOffset": self._size, "byteLength": size, "target": target, "byteStride": stride}
+        self.document["bufferViews"].append(view)
+        self._reserved = size
+        return len(self.document["bufferViews"]) - 1
+
     def add_accessor(
         self,
         view: int,
@@ -140,9 +149,10 @@ class GlbBuilder:
         component: int,
         bounds: bool = False,
         normalized: bool = False,
+        kind: str = "",
     ) -> int:
         """Describe `array`, which lies in `view` at byte `offset`; returns the number of the accessor."""
-        kind = {1: "SCALAR"}.get(array.ndim) or f"VEC{array.shape[1]}"
+        kind = kind or ("SCALAR" if array.ndim == 1 else f"VEC{array.shape[1]}")
         accessor: dict[str, Any] = {
             "bufferView": view,
             "byteOffset": offset,
@@ -195,13 +205,14 @@ class GlbBuilder:
         self.document["materials"] = [{"name": "clothed", "doubleSided": True, "pbrMetallicRoughness": surface}]
 
     def finish(self) -> bytes:
-        """The whole file."""
-        self.document["buffers"] = [{"byteLength": self._size}]
+        """The whole file, up to a reserved view."""
+        size = self._size + self._reserved
+        self.document["buffers"] = [{"byteLength": size}]
         text = json.dumps(self.document, separators=(",", ":"), allow_nan=False).encode()
         text += b" " * (-len(text) % 4)
-        total = 12 + 8 + len(text) + 8 + self._size
+        total = 12 + 8 + len(text) + 8 + size
         head = struct.pack("<4sIIII", MAGIC, 2, total, len(text), JSON_CHUNK) + text
-        return b"".join([head, struct.pack("<II", self._size, BINARY_CHUNK), *self._parts])
+        return b"".join([head, struct.pack("<II", size, BINARY_CHUNK), *self._parts])
 
 
 def write_mesh(mesh: Mesh, name: str = "avatar") -> bytes:

@@ -85,6 +85,9 @@ INPUTS = (
     TensorRecord(name="bone_transforms", shape=("F", 24, 4, 4)),
     TensorRecord(name="root_transforms", shape=("F", 4, 4)),
 )
+PLAIN = "plain"
+"""An input that a graph may have besides, a bool that is false unless fed: true runs the reference form of the network,
+false the fast one, whose distance from it the manifest's metric `fast_max_error_mm` states."""
 OUTPUTS = (TensorRecord(name="vertices", shape=("F", "V", 3)),)
 
 

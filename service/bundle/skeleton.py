@@ -8,6 +8,7 @@ Reference: Loper et al., "SMPL", 2015, eqs. 2-4; Kant et al., CVPR 2023, section
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +63,13 @@ class Skeleton:
         """
         local = np.array(rotations, np.float64)
         local[:, 0] = np.eye(3)
+        return (self._rest_to_posed(local) @ self._canonical_to_rest).astype(np.float32)
+
+    @cached_property
+    def _canonical_to_rest(self) -> NDArray[np.float64]:
+        """(1, J, 4, 4): needed for every frame, so kept."""
         canonical = self._rest_to_posed(axis_angle_to_matrix(self.canonical_pose[None].astype(np.float64)))
-        return (self._rest_to_posed(local) @ np.linalg.inv(canonical)).astype(np.float32)
+        return np.asarray(np.linalg.inv(canonical), np.float64)
 
     def root_transforms(
         self, rotations: NDArray[np.floating], translation: NDArray[np.floating]
@@ -77,14 +83,14 @@ class Skeleton:
 
     def _rest_to_posed(self, rotations: NDArray[np.float64]) -> NDArray[np.float64]:
         """A_j (F, J, 4, 4): carries a T-pose point rigidly with joint j."""
-        frames = len(rotations)
-        posed = np.empty((frames, self.joint_count, 4, 4))
         joints = self.rest_joints.astype(np.float64)
+        local = np.zeros((len(rotations), self.joint_count, 4, 4))
+        local[..., :3, :3] = rotations
+        local[..., :3, 3] = joints - np.einsum("fjab,jb->fja", rotations, joints)
+        local[..., 3, 3] = 1
+        posed = np.empty_like(local)
         for joint, parent in enumerate(self.parents):
-            local = np.tile(np.eye(4), (frames, 1, 1))
-            local[:, :3, :3] = rotations[:, joint]
-            local[:, :3, 3] = joints[joint] - rotations[:, joint] @ joints[joint]
-            posed[:, joint] = local if parent < 0 else posed[:, parent] @ local
+            posed[:, joint] = local[:, joint] if parent < 0 else posed[:, parent] @ local[:, joint]
         return posed
 
 

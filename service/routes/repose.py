@@ -5,9 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from service.answers import FORMATS
-from service.poses import ACCEPTED_WIDTHS
+from service.openapi import problems
+from service.pose_values import ACCEPTED_WIDTHS, SHAPES
 from service.reposing import JSON_TYPES, NPZ_TYPES, Reposing
-from service.schemas import Problem, ReposeQuery
+from service.schemas import ReposeQuery
 
 _BODY_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -18,24 +19,27 @@ _BODY_SCHEMA: dict[str, Any] = {
             "type": "array",
             "items": {"type": "array"},
             "description": f"SMPL poses: (F, W), W one of {', '.join(map(str, ACCEPTED_WIDTHS))}, or (F, joints, 3), "
-            "axis-angle in radians; or (F, joints, 3, 3), rotation matrices. Fingers and face are not used.",
+            "axis-angle in radians; or (F, joints, 3, 3), matrices; (F, joints, 4), quaternions, w first; (F, joints, "
+            "6), the first two columns of matrices. Fingers and face are not used.",
         },
         "translations": {"type": "array", "items": {"type": "array"}, "description": "(F, 3); default zero."},
         "fps": {"type": "number", "default": 30},
         "up_axis": {"enum": ["y", "z"], "default": "y"},
         "units": {"enum": ["m", "cm"], "default": "m"},
-        "rotation": {"enum": ["axis_angle", "matrix"]},
+        "rotation": {"enum": list(SHAPES)},
+        "frame": {"enum": ["world", "camera"], "default": "world"},
     },
     "example": {"poses": [[0.0] * 72], "fps": 30},
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_REQUEST = {
+REQUEST = {
     "required": True,
     "content": {kind: {"schema": _BODY_SCHEMA} for kind in JSON_TYPES} | dict.fromkeys(NPZ_TYPES, _BINARY),
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": dict.fromkeys(FORMATS, _BINARY), "description": "The reposed surface, in the accepted format"},
-    **{status: {"model": Problem} for status in (400, 404, 406, 413, 415, 422, 503)},
+    304: {"description": "The answer you have, as If-None-Match names it, is the one you would get"},
+    **problems(400, 404, 406, 413, 415, 422, 503, 504),
 }
 
 
@@ -48,18 +52,21 @@ def repose_routes(reposing: Reposing) -> APIRouter:
         operation_id="repose",
         response_class=Response,
         responses=_RESPONSES,
-        openapi_extra={"requestBody": _REQUEST},
+        openapi_extra={"requestBody": REQUEST},
     )
     async def repose(avatar_id: str, query: Annotated[ReposeQuery, Query()], request: Request) -> Response:
         """Repose the avatar, frame after frame, with the vertices and faces of `GET /avatars/{id}/mesh`.
 
-        The body is JSON, or an .npz in the layout of AMASS, CAPE or SMPL (`poses` or `pose`, `trans`, `transl` or
-        `translations`, `mocap_framerate`, `mocap_frame_rate` or `fps`).  AMASS is z up: say `up_axis=z`.
+        The body is JSON, a `.smpl`, or an .npz in the layout of AMASS, CAPE or SMPL (`poses` or `pose`, `trans`,
+        `transl` or `translations`, `mocap_framerate`, `mocap_frame_rate` or `fps`).  AMASS is z up: say `up_axis=z`.
 
-        `Accept` chooses the answer: `application/vnd.reposer.frames` streams each frame as soon as it is computed (48
-        bytes of header, then float32 x y z of each vertex; `service/frames.py` has the layout and a decoder),
-        `application/x-npz` has `vertices` (F, V, 3), `faces` and `fps`, `model/gltf-binary` is an animated mesh of at
-        most 255 frames.  The answer is y up, in metres; the `Reposer-*` headers say what was applied to the input.
+        `Accept` chooses the answer.  `application/vnd.reposer.frames` streams each frame as soon as it is computed: 48
+        bytes of header, then float32 x y z of each vertex; with `;codec=q16` or `;codec=q16d` half of that or less,
+        exact to 0.02 mm (`service/frames.py` has the layout and a decoder).  `application/x-npz` has `vertices`
+        (F, V, 3), `faces` and `fps`; `model/gltf-binary` is an animated mesh of at most 255 frames; there are
+        others.  All are y up, in metres; the `Reposer-*` headers say what was applied to the input.
+
+        `Request-Timeout` (seconds) or `X-Deadline-Ms` bounds the time; `Cache-Control: no-store` leaves the cache out.
         """
         return await reposing.answer(avatar_id, query, request)
 

@@ -1,8 +1,15 @@
 """A tiny avatar for the service's tests: a few hundred vertices around the bones, skinned by a hand-made graph."""
 
+import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import safetensors.numpy
+import uvicorn
 from numpy.typing import NDArray
 from onnx import TensorProto, checker, helper, numpy_helper
 
@@ -162,7 +171,7 @@ def bundle_parts(skeleton: Skeleton) -> dict[str, Any]:
         "skeleton": skeleton,
         "meshes": {"preview": boxes_around_bones(skeleton, 2), "standard": boxes_around_bones(skeleton, 4)},
         "repose_onnx": lbs_graph(skeleton),
-        "checkpoint": b"not looked at by the service",
+        "checkpoint": safetensors.numpy.save({"nothing": np.zeros(3, np.float32)}),
         "provenance": {"data_set": "boxes", "split": "none", "seed": 0, "settings": {"cuts": 4}},
         "metrics": {"iou": 0.5},
     }
@@ -180,13 +189,16 @@ ClientFactory = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 @pytest.fixture
-def serve(bundle_dir: Path) -> ClientFactory:
+def serve(bundle_dir: Path, tmp_path: Path) -> ClientFactory:
     """`async with serve() as client`: the application in this process, started and stopped."""
 
     @asynccontextmanager
     async def started(make_engine: Any = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(Settings(**{"bundle_dir": bundle_dir, "threads": 1} | settings), make_engine)
+        app = create_app(
+            Settings(**{"bundle_dir": bundle_dir, "threads": 1, "jobs_dir": tmp_path / "jobs"} | settings), make_engine
+        )
         async with app.router.lifespan_context(app):
+            await app.state.store.preloaded.wait()
             # A 500 must come back as an answer, as it would over the wire.
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://reposer") as client:
@@ -197,7 +209,89 @@ def serve(bundle_dir: Path) -> ClientFactory:
 
 
 @pytest.fixture(scope="session")
+def run_server() -> Callable[[Any], AbstractContextManager[tuple[str, int]]]:
+    """`with run_server(app) as (host, port)`: a real server, for what the parsers below the application do."""
+
+    @contextmanager
+    def running(app: Any) -> Iterator[tuple[str, int]]:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="none")
+            server = uvicorn.Server(config)
+            thread = threading.Thread(target=server.run, args=([listener],))
+            thread.start()
+            while not server.started and thread.is_alive():
+                threading.Event().wait(0.01)
+            try:
+                yield listener.getsockname()
+            finally:
+                server.should_exit = True
+                thread.join(20)
+                assert not thread.is_alive()
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis of the tests' own; it keeps nothing on the disk."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = str(tmp_path_factory.mktemp("redis"))
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        for _ in range(500):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.02)
+        yield f"redis://127.0.0.1:{port}/0"
+        server.terminate()
+
+
+@pytest.fixture(scope="session")
 def motion() -> dict[str, NDArray[np.float64]]:
     """Seven frames in which every joint and the root move: poses (7, 72), trans (7, 3)."""
     rng = np.random.default_rng(5)
     return {"poses": rng.normal(0, 0.4, (7, 72)), "trans": rng.normal(0, 1.0, (7, 3))}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class RedisServer:
+    """A redis-server of our own."""
+
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("redis-server")
+        assert program, "redis-server is missing; `make test` installs it"
+        self.port, self._folder, self._program = free_port(), folder, program
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        raise AssertionError("redis-server does not start")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()

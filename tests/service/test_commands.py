@@ -12,7 +12,8 @@ import pytest
 
 from service import __main__ as command
 from service import demo
-from service.answers import GLB, read_animated_glb
+from service.answers import GLB
+from service.formats.morph import read_animated_glb
 from service.frames import decode_stream
 
 
@@ -77,7 +78,7 @@ def test_repose_explains_failures_and_writes_nothing(
         for arguments, message in (
             (["nobody", str(motion_file), "-o", output, "--url", url], "404 avatar-not-found"),
             (["tiny", str(motion_file), "-o", output, "--url", url, "--lod", "high"], "404 lod-not-found"),
-            (["tiny", str(motion_file), "-o", "out.fbx", "--url", url], "expected an output named"),
+            (["tiny", str(motion_file), "-o", "out.fbx", "--url", url], "expected a name that ends with"),
             (["tiny", "missing.npz", "-o", output, "--url", url], "missing.npz"),
             (["tiny", str(motion_file), "-o", output, "--url", nobody], nobody),
         ):

@@ -11,7 +11,6 @@ import trimesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.answers import Clip, animated_glb, read_animated_glb
 from service.bundle.glb import (
     SHORT,
     GlbError,
@@ -24,6 +23,8 @@ from service.bundle.glb import (
     welded_faces,
     write_mesh,
 )
+from service.formats.clip import Clip
+from service.formats.morph import animated_glb, read_animated_glb
 
 JPEG = b"\xff\xd8\xff as much of a picture as a reader of meshes looks at"
 

@@ -16,6 +16,7 @@ from service import errors
 from service.bundle.skeleton import axis_angle_to_matrix
 from service.npz import read_npz
 from service.poses import ACCEPTED_WIDTHS, Options, PoseSequence, parse_json, parse_npz
+from service.rotations import quaternions
 
 PELVIS = np.array([0.01, -0.23, 0.03], np.float32)
 RNG = np.random.default_rng(2)
@@ -224,3 +225,174 @@ def test_arrays_are_those_that_numpy_wrote(dtype: str, order: Any) -> None:
     read = read_npz(archive({"poses.npy": array_bytes(array)}, zipfile.ZIP_DEFLATED), {"poses"}, 1 << 20)["poses"]
     np.testing.assert_array_equal(read, array)
     assert read.dtype == array.dtype
+
+
+MATRICES = axis_angle_to_matrix(POSES.reshape(3, 24, 3))
+WXYZ = np.roll(quaternions(MATRICES), 1, axis=-1)
+SIX = np.concatenate([MATRICES[..., 0], MATRICES[..., 1]], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("poses", "rotation"), [(MATRICES, "matrix"), (WXYZ, "quat_wxyz"), (-WXYZ, "quat_wxyz"), (SIX, "6d")]
+)
+def test_all_forms_of_a_rotation_are_the_same_pose(poses: Any, rotation: str) -> None:
+    for given_poses, said in ((poses, None), (poses, rotation), (poses.reshape(3, -1), rotation)):
+        sequence = from_npz({"rotation": said}, poses=given_poses, trans=TRANS)
+        np.testing.assert_allclose(sequence.rotations, MATRICES, rtol=0, atol=1e-6)
+        assert sequence.rotation == rotation
+
+
+@pytest.mark.parametrize("rotation", ["matrix", "quat_wxyz", "6d"])
+def test_normalize_takes_the_nearest_rotation(rotation: str) -> None:
+    spoilt = {"matrix": 1.1 * MATRICES, "quat_wxyz": 3 * WXYZ, "6d": 0.5 * SIX}[rotation]
+    with pytest.raises(errors.PoseNotRotation):
+        from_npz(poses=spoilt)
+    np.testing.assert_allclose(from_npz({"normalize": True}, poses=spoilt).rotations, MATRICES, rtol=0, atol=1e-6)
+    for worse in (
+        0 * spoilt,
+        1e200 * spoilt,
+        np.where(np.arange(3)[:, None].reshape(3, *[1] * (spoilt.ndim - 1)) == 1, 0, spoilt),
+    ):
+        with pytest.raises(errors.PoseNotRotation) as caught:
+            from_npz({"normalize": True}, poses=worse)
+    assert caught.value.extra["frame"] == 1
+
+
+def test_normalize_makes_a_rotation_of_a_noisy_matrix_and_takes_wide_angles() -> None:
+    noisy = MATRICES + RNG.normal(0, 0.05, MATRICES.shape)
+    rotations = from_npz({"normalize": True}, poses=noisy).rotations.astype(np.float64)
+    np.testing.assert_allclose(rotations @ rotations.swapaxes(-1, -2), np.tile(np.eye(3), (3, 24, 1, 1)), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.det(rotations), 1, atol=1e-6)
+    assert np.abs(rotations - MATRICES).max() < 0.3
+    turns = POSES.copy()
+    turns[:, :3] = [0, 20 * np.pi + 0.25, 0]
+    same = POSES.copy()
+    same[:, :3] = [0, 0.25, 0]
+    wide = from_npz({"normalize": True}, poses=turns)
+    np.testing.assert_allclose(wide.rotations, from_npz(poses=same).rotations, rtol=0, atol=1e-6)
+
+
+def test_camera_frame_turns_about_the_x_axis(skeleton: Any) -> None:
+    pelvis = skeleton.rest_joints[0]
+    file = io.BytesIO()
+    np.savez(file, poses=POSES, trans=TRANS)
+    world, camera = (parse_npz(file.getvalue(), Options(frame=f), pelvis, 100, 1 << 20) for f in ("world", "camera"))
+    as_posted, applied = (skeleton.root_transforms(s.rotations, s.translation) for s in (world, camera))
+    np.testing.assert_allclose(applied, np.diag([1, -1, -1, 1]) @ as_posted, rtol=0, atol=1e-6)
+    assert (world.frame, camera.frame) == ("world", "camera")
+    with pytest.raises(errors.OptionInvalid):
+        from_npz({"frame": "camera", "up_axis": "z"}, poses=POSES)
+
+
+def motion_at(fps: float, count: int, target_fps: float | None, seed: int = 0) -> PoseSequence:
+    rng = np.random.default_rng(seed)
+    poses, trans = rng.normal(0, 1.0, (count, 72)), rng.normal(0, 1, (count, 3))
+    return from_npz({"target_fps": target_fps}, poses=poses, trans=trans, fps=fps)
+
+
+@settings(deadline=None, max_examples=40)
+@given(fps=st.floats(0.5, 240), target=st.floats(0.5, 240), count=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_resampling_gives_rotations_between_the_posted_ones(fps: float, target: float, count: int, seed: int) -> None:
+    try:
+        sequence = motion_at(fps, count, target, seed)
+    except errors.TooManyFrames:
+        assert (count - 1) / fps * target > 99
+        return
+    posted = motion_at(fps, count, None, seed)
+    duration = (count - 1) / fps
+    assert (len(sequence) - 1) / target <= duration + 1e-6
+    assert len(sequence) / target > duration - 1e-6
+    rotations = sequence.rotations.astype(np.float64)
+    gram = rotations @ rotations.swapaxes(-1, -2)
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.det(rotations), 1, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(sequence.rotations[0], posted.rotations[0], rtol=0, atol=1e-6)
+    for n in range(len(sequence)):
+        place = min(n / target * fps, count - 1)
+        near = min(round(place), count - 1) if abs(place - round(place)) < 1e-5 else int(place)
+        step, after = place - near, min(near + 1, count - 1)
+        expected = posted.translation[near] + step * (posted.translation[after] - posted.translation[near])
+        np.testing.assert_allclose(sequence.translation[n], expected, rtol=0, atol=1e-3)
+
+
+def test_resampling_to_the_same_rate_is_the_identity() -> None:
+    posted, again = motion_at(29.97, 20, None), motion_at(29.97, 20, 29.97)
+    np.testing.assert_array_equal(posted.rotations, again.rotations)
+    np.testing.assert_array_equal(posted.translation, again.translation)
+    assert (again.fps, again.posted_fps) == (29.97, None)
+
+
+def test_resampling_hits_posted_frames_and_halves_angles() -> None:
+    posted, fewer = motion_at(120, 97, None), motion_at(120, 97, 30)
+    np.testing.assert_allclose(fewer.rotations, posted.rotations[::4], rtol=0, atol=1e-6)
+    assert (fewer.fps, fewer.posted_fps, len(fewer)) == (30, 120, 25)
+    turn = np.zeros((2, 72))
+    turn[:, 4] = [3.0, -3.0]  # 6 rad apart one way, 0.28 the other
+    more = from_npz({"target_fps": 60}, poses=turn, fps=30)
+    half = np.zeros((1, 24, 3))
+    half[0, 1, 1] = np.pi
+    np.testing.assert_allclose(more.rotations[1:2], axis_angle_to_matrix(half), rtol=0, atol=1e-6)
+
+
+def test_half_way_in_time_is_half_way_in_angle() -> None:
+    def angle(one: Any, other: Any) -> Any:
+        trace = np.einsum("fjab,fjab->fj", one.astype(np.float64), other.astype(np.float64))
+        return np.arccos(np.clip((trace - 1) / 2, -1, 1))
+
+    posted, twice = motion_at(30, 30, None), motion_at(30, 30, 60)
+    whole = angle(posted.rotations[:-1], posted.rotations[1:])
+    np.testing.assert_allclose(angle(posted.rotations[:-1], twice.rotations[1::2]), whole / 2, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(angle(twice.rotations[1::2], posted.rotations[1:]), whole / 2, rtol=0, atol=2e-3)
+
+
+def test_only_frames_that_are_used_are_looked_at() -> None:
+    spoilt = np.tile(POSES, (3, 1))
+    spoilt[[1, 2, 3, 5]] = np.nan
+    assert len(from_npz({"every": 4}, poses=spoilt)) == 3
+    with pytest.raises(errors.PoseNotFinite) as caught:
+        from_npz({"every": 5}, poses=spoilt)
+    assert caught.value.extra["frame"] == 5
+    with pytest.raises(errors.OptionInvalid):
+        from_npz({"every": 2, "target_fps": 15.0}, poses=POSES)
+
+
+@pytest.mark.parametrize(("fps", "target"), [(1e-300, 1000.0), (1e-9, 1000.0), (1.0, 1000.0)])
+def test_fault_37_a_rate_that_would_make_billions_of_frames(fps: float, target: float) -> None:
+    with pytest.raises(errors.TooManyFrames):
+        from_npz({"target_fps": target}, poses=POSES, fps=fps)
+
+
+SMPL = {
+    "codecVersion": np.int32(2), "smplVersion": np.int32(2), "gender": np.int32(0), "frameCount": np.int32(3),
+    "frameRate": np.float32(60), "shapeParameters": np.zeros(10, np.float32),
+    "bodyPose": POSES[:, :66].reshape(3, 22, 3).astype(np.float32), "bodyTranslation": TRANS.astype(np.float32),
+}  # fmt: skip
+
+
+def test_smpl_files() -> None:
+    sequence, amass = from_npz(**SMPL), from_npz(poses=POSES[:, :66], trans=TRANS)
+    np.testing.assert_allclose(sequence.rotations, amass.rotations, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sequence.translation, amass.translation, rtol=0, atol=1e-6)
+    assert (sequence.fps, sequence.warnings) == (60, ())
+    first = SMPL | {"bodyPose": POSES.reshape(3, 24, 3).astype(np.float32), "smplVersion": np.int32(0)}
+    del first["codecVersion"], first["frameRate"]  # as version 1 wrote it
+    np.testing.assert_allclose(from_npz(**first).rotations, MATRICES, rtol=0, atol=1e-6)
+    hands = from_npz(**SMPL, leftHandPose=np.zeros((3, 15, 3), np.float32), headPose=np.zeros((3, 3, 3), np.float32))
+    assert len(hands.warnings) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"smplVersion": np.int32(5)},
+        {"codecVersion": np.int32(3)},
+        {"codecVersion": np.float32(1)},
+        {"smplVersion": np.zeros(2, np.int32)},
+        {"bodyPose": np.zeros((3, 20, 3), np.float32)},
+        {"bodyTranslation": np.zeros((2, 3), np.float32)},
+        {"frameRate": np.float32(np.nan)},
+    ],
+)
+def test_smpl_files_that_are_not_poses(wrong: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidPose):
+        from_npz(**SMPL | wrong)

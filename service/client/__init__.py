@@ -1,0 +1,22 @@
+"""The Python client: `Client` and `AsyncClient`.  Needs httpx, websockets and numpy, nothing of the server."""
+
+from service.client.aio import AsyncClient
+from service.client.aio_stream import AsyncStream
+from service.client.errors import AvatarChanged, ClientError, ConnectionLost, PoseRefused, Refused, StreamClosed
+from service.client.sync import Client
+from service.client.sync_stream import Stream
+from service.frames import Frame
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "AvatarChanged",
+    "Client",
+    "ClientError",
+    "ConnectionLost",
+    "Frame",
+    "PoseRefused",
+    "Refused",
+    "Stream",
+    "StreamClosed",
+]

@@ -1,0 +1,222 @@
+"""The client for programs without an event loop."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from numpy.typing import ArrayLike
+
+from service.client.backoff import LONGEST_S, RETRIED, Backoff
+from service.client.calls import (
+    Applied,
+    Call,
+    Job,
+    Poses,
+    authorization,
+    avatar_path,
+    frames_type,
+    media_type_of,
+    repose_call,
+)
+from service.client.errors import ConnectionLost, Refused
+from service.client.sync_stream import Stream
+from service.frames import Codec, Frame, FrameError, decode_stream
+
+TIMEOUT = httpx.Timeout(10.0, read=300.0)
+POLLS = 6
+"""Looks at a job with growing pauses; the next ones are as far apart as they get."""
+
+
+class Client:
+    """Reposes avatars of a service.  `with Client(url) as client:`; not for several threads at once.
+
+    Every call may raise `Refused` (the service said no) and `ConnectionLost`.  What the service puts off, with 429 or
+    503, is tried again, up to `retries` times and not before `Retry-After`.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        key: str | None = None,
+        *,
+        retries: int = 4,
+        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._url, self._key, self._retries, self._sleep = url.rstrip("/"), key, retries, sleep
+        self._http = httpx.Client(base_url=self._url, headers=authorization(key), timeout=TIMEOUT, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._http.close()
+
+    def avatars(self) -> list[dict[str, Any]]:
+        """Every avatar, its state and its levels of detail."""
+        return self._json("GET", Call("/avatars", {}, {}, b""))["avatars"]
+
+    def avatar(self, avatar: str) -> dict[str, Any]:
+        """Skeleton, provenance and metrics of an avatar."""
+        return self._json("GET", Call(avatar_path(avatar), {}, {}, b""))
+
+    def mesh(self, avatar: str, lod: str | None = None) -> bytes:
+        """The canonical mesh as .glb: the faces of every frame."""
+        query = {} if lod is None else {"lod": lod}
+        with self._answer("GET", Call(avatar_path(avatar, "mesh"), query, {}, b"")) as answer:
+            return answer.read()
+
+    def repose(
+        self,
+        avatar: str,
+        poses: Poses,
+        translations: ArrayLike | None = None,
+        *,
+        codec: Codec = "q16",
+        **options: Any,
+    ) -> Iterator[Frame]:
+        """The frames of a sequence, each as soon as it is there.
+
+        Args:
+            poses: an array such as (F, 72), or the path of a file.
+            translations: (F, 3), for an array of poses.
+            codec: q16 is half of f32 and exact to 0.02 mm.
+            options: lod, up_axis, units, fps and the other query parameters of `POST /avatars/{id}/repose`.
+        """
+        call = repose_call(avatar, poses, translations, frames_type(codec), options)
+        with self._answer("POST", call) as answer:
+            try:
+                yield from decode_stream(answer.iter_bytes())
+            except FrameError as error:
+                raise ConnectionLost(f"the answer broke off: {error}") from error
+
+    def export(
+        self,
+        avatar: str,
+        poses: Poses,
+        path: Path | str,
+        translations: ArrayLike | None = None,
+        *,
+        progress: Callable[[int, int | None], None] | None = None,
+        **options: Any,
+    ) -> Applied:
+        """Write the reposed sequence to a file, whose name says the format.
+
+        Args:
+            progress: called with the bytes that have come and, where it is known, the number of all.
+
+        Raises:
+            ValueError, OSError: the name is that of no format; the file cannot be written.
+        """
+        call = repose_call(avatar, poses, translations, media_type_of(path), options)
+        return self._save("POST", call, Path(path), progress)
+
+    def submit(
+        self, avatar: str, poses: Poses, path: Path | str, translations: ArrayLike | None = None, **options: Any
+    ) -> Job:
+        """Have the service repose a long sequence in the background; the name of `path` says the format.
+
+        The same request again is the same job.
+        """
+        call = repose_call(avatar, poses, translations, media_type_of(path), options, "jobs")
+        return Job.read(self._json("POST", call))
+
+    def job(self, job_id: str) -> Job:
+        """How far a job is."""
+        return Job.read(self._json("GET", Call(f"/jobs/{job_id}", {}, {}, b"")))
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a job, or remove one that has ended."""
+        with self._answer("DELETE", Call(f"/jobs/{job_id}", {}, {}, b"")):
+            pass
+
+    def fetch(
+        self, job_id: str, path: Path | str, *, progress: Callable[[int, int | None], None] | None = None
+    ) -> Applied:
+        """Wait for a job and write its result to a file.
+
+        Args:
+            progress: called with the frames that are done and the number of all.
+
+        Raises:
+            Refused: the job failed or was cancelled.
+        """
+        polls = Backoff(POLLS)
+        while not (job := self.job(job_id)).ended:
+            if progress:
+                progress(job.frames_done, job.frames)
+            self._sleep(polls.wait_s() or LONGEST_S)
+        return self._save("GET", Call(f"/jobs/{job_id}/result", {}, {}, b""), Path(path), None)
+
+    def stream(self, avatar: str, mode: str = "live", *, codec: Codec = "q16", **options: Any) -> Stream:
+        """A stream of poses and frames over a WebSocket; `with client.stream(...) as stream:`.
+
+        Args:
+            mode: `live`, the newest pose wins; or `complete`, every pose gets its frame.
+            options: lod, max_fps, window, up_axis, units.
+        """
+        return Stream(self._url, self._key, avatar, {"mode": mode, **options}, codec, self._retries, self._sleep)
+
+    def _json(self, method: str, call: Call) -> Any:
+        with self._answer(method, call) as answer:
+            answer.read()
+            return answer.json()
+
+    def _save(self, method: str, call: Call, path: Path, progress: Callable[[int, int | None], None] | None) -> Applied:
+        # A broken answer must not look like a file.
+        part = path.with_name(path.name + ".part")
+        try:
+            with self._answer(method, call) as answer:
+                length, done = answer.headers.get("content-length", ""), 0
+                with open(part, "wb") as file:
+                    for chunk in answer.iter_bytes():
+                        file.write(chunk)
+                        done += len(chunk)
+                        if progress:
+                            progress(done, int(length) if length.isdecimal() else None)
+                part.replace(path)
+                return Applied.read(answer.headers)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _answer(self, method: str, call: Call) -> Iterator[httpx.Response]:
+        """A successful answer whose body is not yet read."""
+        backoff = Backoff(self._retries)
+        while True:
+            request = self._http.build_request(
+                method, call.path, params=call.query, headers=call.headers, content=call.body or None
+            )
+            try:
+                answer = self._http.send(request, stream=True)
+            except httpx.ConnectError as error:
+                wait_s = backoff.wait_s()
+                if wait_s is None:
+                    raise ConnectionLost(f"{self._url}: {error}") from error
+                self._sleep(wait_s)
+                continue
+            except httpx.HTTPError as error:
+                raise ConnectionLost(f"{self._url}: {error}") from error
+            try:
+                if answer.is_success:
+                    yield answer
+                    return
+                body = answer.read()
+            except httpx.HTTPError as error:
+                raise ConnectionLost(f"{self._url}: {error}") from error
+            finally:
+                answer.close()
+            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in RETRIED else None
+            if wait_s is None:
+                raise Refused.read(answer.status_code, body)
+            self._sleep(wait_s)

@@ -1,0 +1,105 @@
+"""The beginning and the end: what is in flight, and how the process stops taking work.
+
+Draining: `/readyz` is 503 at once and new work is refused; what is in flight finishes, within a grace; then the server
+may close.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Draining, Overloaded
+from service.limits import refuse
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("service.access")
+PROBES = ("/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/metrics")
+"""Answered to the end, neither counted nor logged."""
+
+
+class Lifecycle:
+    """Whether new work is taken, and what is still to be finished."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.in_flight = 0
+        self.finishers: list[Callable[[], Awaitable[None]]] = []
+        """Called when draining begins, by whoever has work of other kinds: streams, jobs."""
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new work and wait for what is in flight, but not longer than `grace_s`."""
+        self.draining = True
+        log.info("draining: %d requests in flight", self.in_flight)
+        try:
+            async with asyncio.timeout(grace_s):
+                await asyncio.gather(*(finish() for finish in self.finishers))
+                while self.in_flight:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            log.warning("%d requests are cut off after %g s", self.in_flight, grace_s)
+
+
+class Traffic:
+    """ASGI middleware: counts and logs requests, and refuses them while draining, or if there are too many.
+
+    That one is for floods: long before it, the engine room refuses what it cannot compute in time.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, max_in_flight: int) -> None:
+        self._app, self._lifecycle, self._max_in_flight = app, lifecycle, max_in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES:
+            return await self._app(scope, receive, send)
+        if self._lifecycle.draining:
+            error = Draining("the service is shutting down", {"Connection": "close", "Retry-After": "1"})
+            return await refuse(scope, receive, send, error)
+        if scope["type"] == "websocket":
+            return await self._app(scope, receive, send)
+        if self._lifecycle.in_flight >= self._max_in_flight:
+            return await refuse(scope, receive, send, Overloaded("too many requests are in flight"))
+        began, status = time.monotonic(), 499  # what nginx calls a client that has gone
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._lifecycle.in_flight += 1
+        try:
+            return await self._app(scope, receive, answer)
+        finally:
+            self._lifecycle.in_flight -= 1
+            # The path is the client's: escaped, so that it stays on its line.
+            path = scope["path"].encode("unicode_escape").decode()
+            seconds = time.monotonic() - began
+            access_log.info(
+                "%s %s %d %.1f ms",
+                *(scope["method"], path, status, 1000 * seconds),
+                extra={"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)},
+            )
+
+
+@asynccontextmanager
+async def background(*jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Let `jobs` run meanwhile, and call them off in the end."""
+
+    def report(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a background job has failed", exc_info=error)
+
+    tasks = [asyncio.create_task(job) for job in jobs]
+    for task in tasks:
+        task.add_done_callback(report)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

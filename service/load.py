@@ -1,0 +1,181 @@
+"""Load on a running service, through the project's own client; `service.bench_service` makes figures of it.
+
+Everything is bounded in count and time.  Each request has poses of its own, so that no cache answers by accident.
+"""
+
+import asyncio
+import itertools
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.client import AsyncClient, Client, Refused
+from service.client.aio_stream import AsyncStream
+
+MAX_IN_FLIGHT = 256
+"""Requests not yet answered; above it, the load waits, and what it waits for shows in the times."""
+FRAME_TIMEOUT_S = 30.0
+MEMORY_INTERVAL_S = 0.25
+_changes = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What is posted."""
+
+    poses: NDArray[np.float32]
+    """(F, 72), axis-angle."""
+    translation: NDArray[np.float32]
+    """(F, 3), metres."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Motion":
+        """A motion file of ours."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["poses"].reshape(-1, 72).astype(np.float32), file["trans"].astype(np.float32))
+
+    def of_length(self, frames: int) -> "Motion":
+        """So many frames, from the beginning again where they end; moved a little, differently each time."""
+        index = np.arange(frames) % len(self.poses)
+        moved = self.translation[index] + np.float32(1e-4 * next(_changes))
+        return Motion(self.poses[index], moved)
+
+
+@dataclass
+class Answered:
+    """Times of requests, seconds."""
+
+    accepted: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """What was neither an answer nor an honest refusal."""
+    server_bytes: list[int] = field(default_factory=list)
+    """Memory of the server, again and again meanwhile."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A frame of a live stream."""
+
+    at_s: float
+    delay_s: float
+    """From the sending of its pose."""
+
+
+def sequence_seconds(client: Client, avatar: str, motion: Motion) -> tuple[float, float]:
+    """Seconds to the first and to the last frame of a sequence, decoded."""
+    began = time.perf_counter()
+    frames = client.repose(avatar, motion.poses, motion.translation, codec="q16")
+    next(frames)
+    first = time.perf_counter() - began
+    count = 1 + sum(1 for _ in frames)
+    if count != len(motion.poses):
+        raise RuntimeError(f"expected {len(motion.poses)} frames, got {count}")
+    return first, time.perf_counter() - began
+
+
+def download_seconds(client: Client, avatar: str, motion: Motion, path: Path) -> float:
+    """Seconds until a whole answer is on the disk."""
+    began = time.perf_counter()
+    client.export(avatar, motion.poses, path, motion.translation)
+    return time.perf_counter() - began
+
+
+async def live_streams(
+    url: str, avatar: str, motion: Motion, count: int, fps: float, seconds: float
+) -> list[list[Received]]:
+    """What each of `count` live streams got, to which `fps` poses a second were sent."""
+    async with AsyncClient(url, retries=0) as client:
+        starts = [n / (count * fps) for n in range(count)]
+        return await asyncio.gather(*(_live(client, avatar, motion, fps, seconds, start) for start in starts))
+
+
+async def _live(
+    client: AsyncClient, avatar: str, motion: Motion, fps: float, seconds: float, start_s: float
+) -> list[Received]:
+    received = []
+    async with client.stream(avatar, "live", lod="preview", max_fps=4 * fps) as stream:
+        await asyncio.sleep(start_s)
+        sending = asyncio.create_task(_send(stream, motion, fps, seconds))
+        while (frame := await stream.receive(FRAME_TIMEOUT_S)) is not None:
+            now_us = time.monotonic_ns() // 1000
+            received.append(Received(now_us / 1e6, (now_us - frame.client_us) / 1e6))
+        await sending
+    return received
+
+
+async def _send(stream: AsyncStream, motion: Motion, fps: float, seconds: float) -> None:
+    began = time.monotonic()
+    for n in range(max(1, int(seconds * fps))):
+        await asyncio.sleep(began + n / fps - time.monotonic())
+        frame = n % len(motion.poses)
+        await stream.send(motion.poses[frame], motion.translation[frame])
+    await stream.end()
+
+
+async def one_by_one(url: str, avatar: str, motion: Motion, frames: int, count: int) -> Answered:
+    """Requests for short sequences, each after the one before."""
+    answered = Answered()
+    async with AsyncClient(url, retries=0) as client:
+        for _ in range(count):
+            await _request(client, avatar, motion.of_length(frames), answered)
+    return answered
+
+
+async def at_a_rate(
+    url: str, avatar: str, motion: Motion, frames: int, per_s: float, seconds: float, server: int
+) -> Answered:
+    """Requests for short sequences, `per_s` a second whatever becomes of them; `server` is the process to weigh."""
+    answered, tasks = Answered(), set()
+    async with AsyncClient(url, retries=0) as client:
+        began = time.monotonic()
+        weighing = asyncio.create_task(_weigh(server, answered))
+        for n in range(int(per_s * seconds)):
+            await asyncio.sleep(began + n / per_s - time.monotonic())
+            if time.monotonic() - began > seconds:
+                break
+            while len(tasks) >= MAX_IN_FLIGHT:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            tasks.add(task := asyncio.create_task(_request(client, avatar, motion.of_length(frames), answered)))
+            task.add_done_callback(tasks.discard)
+        await asyncio.gather(*tasks)
+        weighing.cancel()
+    return answered
+
+
+async def _request(client: AsyncClient, avatar: str, motion: Motion, answered: Answered) -> None:
+    began = time.perf_counter()
+    frames = 0
+    try:
+        async for _ in client.repose(avatar, motion.poses, motion.translation, lod="preview"):
+            frames += 1
+    except Refused as refused:
+        if refused.status == 503:
+            answered.refused.append(time.perf_counter() - began)
+        else:
+            answered.failed.append(str(refused))
+    except Exception as error:  # whatever it is, it counts
+        answered.failed.append(repr(error))
+    else:
+        if frames == len(motion.poses):
+            answered.accepted.append(time.perf_counter() - began)
+        else:
+            answered.failed.append(f"{frames} of {len(motion.poses)} frames")
+
+
+async def _weigh(server: int, answered: Answered) -> None:
+    while True:
+        answered.server_bytes.append(resident_bytes(server))
+        await asyncio.sleep(MEMORY_INTERVAL_S)
+
+
+def resident_bytes(process: int) -> int:
+    """Memory of a process; 0 if it is no more."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

@@ -1,0 +1,118 @@
+"""The server process, from its socket to its exit status.
+
+It ends with 0 after SIGTERM or Ctrl-C, and with 70 if the engine failed and did not come back, so that whoever watches
+over the process starts a new one.  Either way it drains first, and is gone within a limit whatever a client does.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from pythonjsonlogger.json import JsonFormatter
+
+from service.app import create_app
+from service.lifecycle import background
+from service.limits import request_id
+from service.settings import Settings
+from service.streaming.session import Limits
+from service.streaming.socket import StreamSocket
+
+log = logging.getLogger(__name__)
+ENGINE_FAILED = 70
+CLOSE_S = 1
+"""For closing connections after draining; then they are cut off."""
+HARD_STOP_S = 5.0
+"""For all the rest.  Only a thread that hangs lets it come to this."""
+NOTSENT_BYTES = 128 << 10
+"""What the kernel may hold of an answer: by default it swallows half a second of frames that get stale there."""
+
+
+def serve(settings: Settings, host: str, port: int) -> int:
+    """Serve until told to stop; returns the exit status."""
+    set_up_logging()
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        # A client that does not read would otherwise keep the process from ending (uvicorn 0.54).
+        timeout_graceful_shutdown=CLOSE_S,
+        ws=StreamSocket,
+        ws_max_size=Limits.message_bytes,
+        ws_max_queue=8,
+        # It gains 8 % on vertices and costs more time than computing them.
+        ws_per_message_deflate=False,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+    )
+    listening = config.bind_socket()
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES)
+    server = _Server(config, app, settings.drain_grace_s)
+    server.run(sockets=[listening])
+    return server.exit_status
+
+
+class _Server(uvicorn.Server):
+    """Drains before it closes.  uvicorn's own closes every connection at once, and ends with the signal's status."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, grace_s: float) -> None:
+        super().__init__(config)
+        self._lifecycle, self._gave_up = app.state.lifecycle, app.state.room.gave_up
+        self._grace_s = grace_s
+        self._told_to_stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.exit_status = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second one stops at once."""
+        if self._lifecycle.draining or self._loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        self._lifecycle.draining = True
+        self._loop.call_soon_threadsafe(self._told_to_stop.set)
+
+    async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        async with background(self._drain_on(self._told_to_stop, 0), self._drain_on(self._gave_up, ENGINE_FAILED)):
+            await super().main_loop()
+
+    async def _drain_on(self, event: asyncio.Event, exit_status: int) -> None:
+        await event.wait()
+        self.exit_status = exit_status
+        stop = threading.Timer(self._grace_s + CLOSE_S + HARD_STOP_S, _stop_hard, [exit_status])
+        stop.daemon = True
+        stop.start()
+        await self._lifecycle.drain(self._grace_s)
+        self.should_exit = True
+
+
+def _stop_hard(exit_status: int) -> None:
+    log.critical("a thread hangs: the process ends without it")
+    logging.shutdown()
+    os._exit(exit_status)
+
+
+def set_up_logging() -> None:
+    """To a terminal in words; elsewhere one JSON object a line, with the id of the request."""
+    handler = logging.StreamHandler()
+    handler.addFilter(_add_request_id)
+    if sys.stderr.isatty():
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    else:
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        fields = "%(asctime)s %(levelname)s %(name)s %(message)s %(request_id)s"
+        handler.setFormatter(JsonFormatter(fields, rename_fields=names))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _add_request_id(record: logging.LogRecord) -> bool:
+    record.request_id = request_id.get()
+    return True

@@ -1,0 +1,172 @@
+"""Which frames are computed next: pieces of work wait in two lines, live and bulk, and leave in batches.
+
+- A batch is work of one avatar, one level of detail and one line, within the budget of vertex-frames and about
+  the time of a micro-batch.  Nothing waits for a batch to fill: it gathers while the one before is computed.
+- In each line the clients take turns, one piece each, whatever number of pieces they have waiting.
+- Live goes first.  If it never pauses, bulk gets a batch now and then, but the same piece of live work never has
+  to wait for two of them.
+"""
+
+import asyncio
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.avatars import Avatar
+
+LIVE_IN_A_ROW = 4
+"""So many live batches go before a bulk one that waits, at most."""
+LEAST_VERTEX_FRAMES = 8192
+"""Batches of less are mostly overhead, so their time says nothing about larger ones."""
+
+
+@dataclass(eq=False)
+class Work:
+    """Frames that are computed together, of one client."""
+
+    client: object
+    """Whose turn it is: compared by identity."""
+    avatar: Avatar
+    lod: str
+    rotations: NDArray[np.float32]
+    """(F, 24, 3, 3)"""
+    translation: NDArray[np.float32]
+    """(F, 3), metres."""
+    live: bool
+    deadline: float | None
+    """On the monotonic clock."""
+    enqueued_s: float = field(default_factory=time.monotonic)
+    future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    stood_back: bool = False
+    """A bulk batch has run while this live work waited."""
+
+    def __len__(self) -> int:
+        return len(self.rotations)
+
+
+@dataclass
+class Pace:
+    """How fast one level of detail of one avatar is computed."""
+
+    vertices: int
+    seconds_per_frame: float = 0.0
+    """0 as long as nothing was measured."""
+    most_frames: int = 1 << 30
+    """Lowered when the device runs out of memory."""
+
+    def learn(self, frames: int, seconds: float) -> None:
+        """Take the measurement of one batch into the moving average, with less weight if something held it up."""
+        now = seconds / frames
+        weight = 1.0 if not self.seconds_per_frame else 0.5 if now < self.seconds_per_frame else 0.125
+        self.seconds_per_frame += weight * (now - self.seconds_per_frame)
+
+
+class _Line:
+    """Clients in the order of their turns, each with the pieces that wait."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[int, deque[Work]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
+    def __iter__(self) -> Iterator[Work]:
+        return (work for pieces in self._clients.values() for work in pieces)
+
+    def add(self, work: Work) -> None:
+        self._clients.setdefault(id(work.client), deque()).append(work)
+
+    def heads(self) -> list[Work]:
+        """The first piece of each client."""
+        return [pieces[0] for pieces in self._clients.values()]
+
+    def remove(self, work: Work) -> bool:
+        """Take out a piece; whether it was there."""
+        pieces = self._clients.get(id(work.client))
+        if pieces is None or work not in pieces:
+            return False
+        pieces.remove(work)
+        if not pieces:
+            del self._clients[id(work.client)]
+        return True
+
+    def serve(self, work: Work) -> None:
+        """Take out the first piece of a client, which goes to the end of the line with the others that it has."""
+        self._clients.move_to_end(id(work.client))
+        self.remove(work)
+
+
+class WorkQueue:
+    """Work that waits.  For the event loop's thread only."""
+
+    def __init__(self, batch_vertex_frames: int, batch_s: float) -> None:
+        self._budget, self._batch_s = batch_vertex_frames, batch_s
+        self._live, self._bulk = _Line(), _Line()
+        self._live_in_a_row = self._bulk_running = 0
+        self._paces: weakref.WeakKeyDictionary[Avatar, dict[str, Pace]] = weakref.WeakKeyDictionary()
+
+    def add(self, work: Work) -> None:
+        work.stood_back = work.live and self._bulk_running > 0
+        (self._live if work.live else self._bulk).add(work)
+
+    def discard(self, work: Work) -> None:
+        """Forget work, if it still waits."""
+        (self._live if work.live else self._bulk).remove(work)
+
+    def take(self) -> list[Work]:
+        """The next batch, empty if nothing waits.  Say `finished` when it is computed."""
+        bulk_may_go = not self._live or (
+            self._live_in_a_row >= LIVE_IN_A_ROW and not any(work.stood_back for work in self._live)
+        )
+        if self._bulk and bulk_may_go:
+            self._live_in_a_row = 0
+            self._bulk_running += 1
+            for work in self._live:
+                work.stood_back = True
+            return self._gather(self._bulk)
+        self._live_in_a_row = self._live_in_a_row + 1 if self._bulk else 0
+        return self._gather(self._live)
+
+    def finished(self, batch: list[Work], seconds: float | None) -> None:
+        """`batch` was computed; in `seconds`, unless it failed."""
+        self._bulk_running -= not batch[0].live
+        if seconds is not None:
+            self.pace(batch[0].avatar, batch[0].lod).learn(sum(map(len, batch)), seconds)
+
+    def _gather(self, line: _Line) -> list[Work]:
+        batch: list[Work] = []
+        frames = 0
+        for work in line.heads():
+            if batch and (work.avatar is not batch[0].avatar or work.lod != batch[0].lod):
+                continue
+            if batch and frames + len(work) > self.largest_batch(work.avatar, work.lod):
+                continue
+            batch.append(work)
+            frames += len(work)
+        for work in batch:
+            line.serve(work)
+        return batch
+
+    def pace(self, avatar: Avatar, lod: str) -> Pace:
+        """What is known of the speed of an avatar."""
+        paces = self._paces.setdefault(avatar, {})
+        if lod not in paces:
+            paces[lod] = Pace(len(avatar.mesh(lod).vertices))
+        return paces[lod]
+
+    def largest_batch(self, avatar: Avatar, lod: str) -> int:
+        """Frames within the budget and the time of a micro-batch; few as long as the speed is not known."""
+        pace = self.pace(avatar, lod)
+        within_time = int(self._batch_s / pace.seconds_per_frame) if pace.seconds_per_frame else 1
+        worth_it = max(within_time, LEAST_VERTEX_FRAMES // pace.vertices)
+        return max(1, min(self._budget // pace.vertices, worth_it, pace.most_frames))
+
+    def live_seconds(self) -> float:
+        """How long the live work that waits will take."""
+        return sum(len(work) * self.pace(work.avatar, work.lod).seconds_per_frame for work in self._live)

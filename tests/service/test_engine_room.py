@@ -1,0 +1,449 @@
+"""The engine room: every frame answered once and in order, and what it does about faults of clients and engines."""
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.avatars import Avatar, AvatarStore
+from service.bundle.files import write_bundle
+from service.engine_room import READ_AHEAD, EngineRoom
+from service.errors import (
+    AvatarUnavailable,
+    DeadlinePassed,
+    Draining,
+    EngineFailed,
+    OutOfMemory,
+    OutputInvalid,
+    Overloaded,
+)
+from service.metrics import Metrics
+from service.poses import PoseSequence
+from service.settings import Settings
+from service.work_queue import Work
+
+pytestmark = pytest.mark.anyio
+V = 368  # vertices of the tiny avatar
+
+
+class Engine:
+    """Frame n of a sequence stands n metres to the right; can be held up, and told to fail."""
+
+    device, provider = "cpu", "scripted"
+
+    def __init__(self, world: "World") -> None:
+        self._world, self.spoilt = world, False
+
+    def repose(self, canonical_vertices: Any, bones: Any, roots: Any) -> Any:
+        world = self._world
+        world.gate.wait(10)
+        if world.spoils(roots):
+            self.spoilt = True
+        if self.spoilt:
+            raise EngineFailed("the device is lost")
+        steps = roots[:, 0, 3] - canonical_vertices[0, 0] * 0
+        world.batches.append(len(bones))
+        world.check_fault(steps)
+        return world.change(np.asarray(canonical_vertices[None] + roots[:, None, :3, 3], np.float32))
+
+
+class World:
+    """What the engines of a test have in common."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[int] = []
+        self.built = 0
+        self.spoils: Callable[[Any], bool] = lambda roots: False
+        self.check_fault: Callable[[Any], None] = lambda steps: None
+        self.change: Callable[[Any], Any] = lambda vertices: vertices
+
+    def make_engine(self, graph: bytes) -> Any:
+        self.built += 1
+        return Engine(self)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.gate.set()
+
+
+Opened = tuple[EngineRoom, AvatarStore, Avatar]
+
+
+@asynccontextmanager
+async def opened(bundle_dir: Path, world: World, **settings: Any) -> AsyncIterator[Opened]:
+    """A room over the avatars of a folder, with `tiny` under lease; its speed is known: 1 ms a frame."""
+    chosen = Settings(bundle_dir=bundle_dir, **{"batch_ms": 8.0} | settings)
+    store = AvatarStore(bundle_dir, world.make_engine, chosen.avatar_bytes, chosen.require_gpu)
+    async with EngineRoom(chosen, store, Metrics()) as room, AsyncExitStack() as leases:
+        avatar = await leases.enter_async_context(store.lease("tiny"))
+        world.batches.clear()
+        pace = room._queue.pace(avatar, "standard")
+        pace.learn = lambda frames, seconds: None  # type: ignore[method-assign]
+        pace.seconds_per_frame = 0.001
+        yield room, store, avatar
+
+
+def walk(frames: int, start: int = 0) -> PoseSequence:
+    still = np.tile(np.eye(3, dtype=np.float32), (frames, 24, 1, 1))
+    steps = np.arange(start, start + frames, dtype=np.float32)[:, None] * np.array([1, 0, 0], np.float32)
+    return PoseSequence(still, steps, 30.0, "y", "m", "matrix")
+
+
+def step_of(avatar: Avatar, vertices: Any) -> list[int]:
+    """Which frames these are."""
+    return np.rint(vertices[:, 0, 0] - avatar.mesh("standard").vertices[0, 0]).astype(int).tolist()
+
+
+async def live(room: EngineRoom, avatar: Avatar, frame: int = 0, **terms: Any) -> list[int]:
+    poses = walk(1, frame)
+    done = await room.repose(avatar, "standard", poses.rotations, poses.translation, **terms)
+    np.testing.assert_allclose(done.pelvis, avatar.bundle.skeleton.rest_joints[:1] + poses.translation, atol=1e-5)
+    return step_of(avatar, done.vertices)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def computing(world: World, avatar: Avatar, room: EngineRoom) -> asyncio.Task[Any]:
+    """A live frame that is in the engine, which is held up until `world.gate` is set."""
+    world.gate.clear()
+    task = asyncio.create_task(live(room, avatar))
+    await settle()
+    return task
+
+
+async def test_every_frame_comes_once_and_in_order(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world, batch_vertex_frames=5 * V) as (room, _, avatar):
+
+        async def all_of(frames: int, start: int) -> None:
+            seen = []
+            async for batch in room.sequence(avatar, "standard", walk(frames, start)):
+                assert batch.start == len(seen)
+                seen += step_of(avatar, batch.vertices)
+            assert seen == list(range(start, start + frames))
+
+        async def streamed(start: int) -> None:
+            for frame in range(start, start + 20):
+                assert await live(room, avatar, frame) == [frame]
+
+        many = await room.repose(avatar, "standard", walk(23).rotations, walk(23).translation)
+        assert step_of(avatar, many.vertices) == list(range(23))
+        world.batches.clear()
+        await asyncio.gather(all_of(100, 0), all_of(1, 1000), all_of(37, 2000), streamed(3000), streamed(4000))
+    assert sum(world.batches) == 100 + 1 + 37 + 40
+    assert max(world.batches) == 5
+
+
+async def test_a_sequence_begins_with_one_frame_and_is_computed_ahead(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        batches = room.sequence(avatar, "standard", walk(100))
+        assert len((await anext(batches)).vertices) == 1
+        await asyncio.sleep(0.05)
+        assert world.batches == [1, 2, 4][: 1 + READ_AHEAD]  # bounded, however long one waits
+        await batches.aclose()
+
+
+async def test_a_live_frame_overtakes_a_long_sequence(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        order: list[str] = []
+
+        async def long() -> None:
+            async for _ in room.sequence(avatar, "standard", walk(200)):
+                order.append("bulk")
+
+        task = asyncio.create_task(long())
+        while len(order) < 3:
+            await asyncio.sleep(0)
+        before = len(order)
+        await live(room, avatar)
+        assert len(order) - before <= 1 + READ_AHEAD  # what was computed or in the engine already
+        task.cancel()
+
+
+async def test_fault_17_overload_is_refused_with_a_time_to_come_back(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world, queue_ms=50) as (room, _, avatar), AsyncExitStack() as stack:
+        batches = await stack.enter_async_context(aclosing(room.sequence(avatar, "standard", walk(100))))  # 0.1 s
+        await anext(batches)
+        with pytest.raises(Overloaded) as refused:  # it would take twice as long as alone
+            await anext(room.sequence(avatar, "standard", walk(100)))
+        assert refused.value.headers["Retry-After"] == "1"
+        short = [batch async for batch in room.sequence(avatar, "standard", walk(20))]  # would wait for 20 ms only
+        assert sum(len(batch.vertices) for batch in short) == 20
+    async with opened(bundle_dir, world, queue_ms=5) as (room, _, avatar):
+        running = await computing(world, avatar, room)
+        waiting = [asyncio.create_task(live(room, avatar)) for _ in range(6)]
+        await settle()
+        with pytest.raises(Overloaded):
+            await live(room, avatar)
+        world.gate.set()
+        assert await asyncio.gather(running, *waiting) == [[0]] * 7
+
+
+async def test_those_whose_clients_do_not_read_are_in_nobody_s_way(
+    bundle_dir: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(bundle_dir, world, queue_ms=0) as (room, _, avatar), AsyncExitStack() as stack:
+        for _ in range(5):
+            batches = await stack.enter_async_context(aclosing(room.sequence(avatar, "standard", walk(100))))
+            await anext(batches)
+            # As if a second and more had passed, in which nobody came for the next batch.
+            for sequence in room._sequences:
+                sequence.left_s -= 2
+        assert len(room._sequences) == 5
+
+
+async def test_fault_19_work_past_its_deadline_is_not_computed(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        running = await computing(world, avatar, room)
+        with pytest.raises(DeadlinePassed):
+            await live(room, avatar, deadline=time.monotonic() + 0.02)
+        with pytest.raises(DeadlinePassed):
+            [b async for b in room.sequence(avatar, "standard", walk(9), deadline=time.monotonic() - 1)]
+        world.gate.set()
+        await running
+        await settle()
+        assert await live(room, avatar, 7, deadline=time.monotonic() + 10) == [7]
+        assert world.batches == [1, 1]
+
+
+async def test_fault_19_the_deadline_is_looked_at_when_the_work_s_turn_comes(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        poses, now = walk(1), time.monotonic()
+        terms = object(), avatar, "standard", poses.rotations, poses.translation, True
+        # Straight into the queue: nobody waits, so no timer fires.
+        late, early = (room._submit(Work(*terms, deadline)) for deadline in (now, now + 30))
+        await asyncio.wait([late.future, early.future], timeout=10)
+        assert isinstance(late.future.exception(), DeadlinePassed)
+        assert step_of(avatar, early.future.result().vertices) == [0]
+        assert world.batches == [1]
+
+
+async def test_fault_20_work_of_clients_that_have_gone_is_not_computed(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        running = await computing(world, avatar, room)
+        for n in range(1000):
+            if n % 2:
+                gone = asyncio.create_task(live(room, avatar))
+            else:
+                batches = room.sequence(avatar, "standard", walk(1))
+                gone = asyncio.create_task(anext(batches))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+        assert not room._sequences
+        assert not room._queue.take()
+        world.gate.set()
+        await running
+        await settle()
+        assert world.batches == [1]
+
+
+async def test_fault_20_a_sequence_that_is_closed_stops_within_a_batch(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        batches = room.sequence(avatar, "standard", walk(1000))
+        await anext(batches)
+        world.gate.clear()
+        await asyncio.sleep(0.02)  # the second piece is in the engine, the third one waits
+        await batches.aclose()
+        world.gate.set()
+        assert await live(room, avatar, 5) == [5]
+        assert world.batches[:1] == [1]
+        assert sum(world.batches) <= 1 + 2 + 4 + 1
+        assert not room._sequences
+
+
+async def test_fault_25_out_of_memory_is_tried_again_with_half_the_batch(bundle_dir: Path, world: World) -> None:
+    def little_memory(steps: Any) -> None:
+        if len(steps) > 3:
+            raise OutOfMemory("no memory")
+
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        world.check_fault = little_memory
+        done = [batch async for batch in room.sequence(avatar, "standard", walk(30))]
+        assert [n for batch in done for n in step_of(avatar, batch.vertices)] == list(range(30))
+        # Learnt: 4 frames were too many once, 2 were not.
+        assert [size for size in world.batches if size > 3] == [4]
+
+
+async def test_fault_25_without_any_memory_it_is_503_and_idle_avatars_leave(
+    bundle_dir: Path, tmp_path: Path, bundle_parts: Any, world: World
+) -> None:
+    def no_memory(steps: Any) -> None:
+        raise OutOfMemory("no memory")
+
+    for name in ("tiny", "idle", "busy"):
+        write_bundle(tmp_path / name, avatar_id=name, **bundle_parts)
+    async with opened(tmp_path, world) as (room, store, avatar), store.lease("busy"):
+        async with store.lease("idle"):
+            pass
+        world.check_fault = no_memory
+        with pytest.raises(Overloaded) as refused:
+            await live(room, avatar)
+        assert "Retry-After" in refused.value.headers
+        assert sorted(found.id for found in store.loaded()) == ["busy", "tiny"]
+        world.check_fault = lambda steps: None
+        assert await live(room, avatar, 3) == [3]
+
+
+async def test_fault_26_one_bad_piece_does_not_take_its_neighbours_with_it(bundle_dir: Path, world: World) -> None:
+    def poisoned(steps: Any) -> None:
+        if np.any(np.rint(steps) == 13):
+            raise EngineFailed("a bad piece")
+
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        running = await computing(world, avatar, room)
+        together = [asyncio.create_task(live(room, avatar, n)) for n in (12, 13, 14)]
+        await settle()
+        world.check_fault = poisoned
+        world.gate.set()
+        found = await asyncio.gather(running, *together, return_exceptions=True)
+        assert [found[n] for n in (0, 1, 3)] == [[0], [12], [14]]
+        assert isinstance(found[2], EngineFailed)
+        assert (world.built, room.gave_up.is_set()) == (1, False)
+
+
+async def test_fault_26_a_spoilt_session_is_rebuilt_once(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, store, avatar):
+        world.spoils = lambda roots: bool(np.any(np.rint(roots[:, 0, 3]) == 13))
+        with pytest.raises(EngineFailed):
+            await live(room, avatar, 13)
+        assert await live(room, avatar, 4) == [4]  # the lease goes on, with a new engine
+        assert world.built == 2
+        # Again within seconds: given up, and with it the process, for there is no other avatar.
+        with pytest.raises(EngineFailed):
+            await live(room, avatar, 13)
+        assert room.gave_up.is_set()
+        assert world.built == 2
+        with pytest.raises(AvatarUnavailable):
+            await live(room, avatar, 4)
+        with pytest.raises(AvatarUnavailable):
+            async with store.lease("tiny"):
+                pass
+
+
+async def test_fault_26_an_avatar_that_cannot_be_rebuilt_leaves_the_others_alone(
+    tmp_path: Path, bundle_parts: Any, world: World
+) -> None:
+    for name in ("tiny", "other"):
+        write_bundle(tmp_path / name, avatar_id=name, **bundle_parts)
+    async with opened(tmp_path, world) as (room, store, avatar), store.lease("other") as other:
+        avatar.engine.spoilt = True  # type: ignore[attr-defined]
+
+        def no_more(graph: bytes) -> Any:
+            raise AvatarUnavailable("no session can be made")
+
+        store._new_engine = no_more
+        with pytest.raises(EngineFailed):
+            await live(room, avatar)
+        assert not room.gave_up.is_set()
+        assert [found.id for found in store.loaded()] == ["other"]
+        assert await live(room, other, 2) == [2]
+        await room.check(other)
+
+
+async def test_an_error_nobody_thought_of_is_a_failed_engine_and_the_room_goes_on(
+    bundle_dir: Path, world: World
+) -> None:
+    def surprise(steps: Any) -> None:
+        if np.any(np.rint(steps) == 13):
+            raise ZeroDivisionError
+
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        world.check_fault = surprise
+        with pytest.raises(EngineFailed):
+            await live(room, avatar, 13)
+        assert await live(room, avatar, 4) == [4]
+
+
+async def test_fault_27_a_surface_with_nan_is_refused_and_only_that_one(bundle_dir: Path, world: World) -> None:
+    def spoil(vertices: Any) -> Any:
+        bad = np.rint(vertices[:, 0, 0]) == 13
+        vertices[bad, 7, 1] = np.nan
+        return vertices
+
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        running = await computing(world, avatar, room)
+        together = [asyncio.create_task(live(room, avatar, n)) for n in (12, 13, 14)]
+        await settle()
+        world.change = spoil
+        world.gate.set()
+        found = await asyncio.gather(running, *together, return_exceptions=True)
+        assert [found[n] for n in (0, 1, 3)] == [[0], [12], [14]]
+        assert isinstance(found[2], OutputInvalid)
+        assert (found[2].status, found[2].code) == (500, "model-output-invalid")
+        assert world.built == 1
+        # All of them, and of the check too: that is no matter of the pose.
+        world.change = lambda vertices: vertices * np.float32(np.nan)
+        with pytest.raises(OutputInvalid):
+            await live(room, avatar, 3)
+        assert room.gave_up.is_set()
+
+
+async def test_fault_28_without_the_gpu_that_is_required_nothing_is_served(bundle_dir: Path, world: World) -> None:
+    settings = Settings(bundle_dir=bundle_dir, require_gpu=True)
+    store = AvatarStore(bundle_dir, world.make_engine, require_gpu=True)
+    async with EngineRoom(settings, store, Metrics()) as room:
+        await room.preload()
+        assert room.gave_up.is_set()
+        with pytest.raises(AvatarUnavailable):
+            async with store.lease("tiny"):
+                pass
+
+
+async def test_fault_37_a_jump_of_the_clock_changes_nothing(
+    bundle_dir: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        for jump_s in (1e6, -1e6):
+            monkeypatch.setattr(time, "time", lambda jump_s=jump_s: 1.8e9 + jump_s)
+            assert await live(room, avatar, 3, deadline=time.monotonic() + 30) == [3]
+            done = [b async for b in room.sequence(avatar, "standard", walk(9), time.monotonic() + 30)]
+            assert sum(len(b.vertices) for b in done) == 9
+
+
+async def test_what_waits_when_the_room_closes_is_answered(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        running = await computing(world, avatar, room)
+        waiting = asyncio.create_task(live(room, avatar))
+        await settle()
+        world.gate.set()
+    found = await asyncio.wait_for(asyncio.gather(running, waiting, return_exceptions=True), 10)
+    assert all(isinstance(one, Draining) or one == [0] for one in found)
+
+
+async def test_an_avatar_that_has_left_is_freed_while_the_room_goes_on(
+    tmp_path: Path, bundle_parts: Any, world: World
+) -> None:
+    for name in ("tiny", "other"):
+        write_bundle(tmp_path / name, avatar_id=name, **bundle_parts)
+
+    async def use(room: EngineRoom, store: AvatarStore) -> weakref.ref[Avatar]:
+        async with store.lease("other") as other:
+            assert await live(room, other, 3) == [3]
+            with pytest.raises(DeadlinePassed):
+                await live(room, other, deadline=0.0)
+            return weakref.ref(other)
+
+    async with opened(tmp_path, world) as (room, store, avatar):
+        other = await use(room, store)
+        store.forget("other")
+        assert await live(room, avatar) == [0]
+        await settle()
+        gc.collect()
+        assert other() is None

@@ -1,0 +1,130 @@
+"""The description of the API is kept: whatever is sent, what comes back is what it says."""
+
+import io
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import positive_data_acceptance
+from schemathesis.core.failures import FailureGroup
+
+from service import uploads
+from service.app import create_app
+from service.errors import AvatarServiceError
+from service.settings import Settings
+
+EXAMPLES = 6
+"""For each operation and mode, the same in every run."""
+
+
+@pytest.fixture
+def document(bundle_dir: Path) -> dict[str, Any]:
+    return create_app(Settings(bundle_dir=bundle_dir)).openapi()
+
+
+@pytest.fixture
+def address(
+    bundle_dir: Path, tmp_path: Path, run_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, int]]:
+    async def vet(_: Path) -> None:  # it has its own tests, and takes a second
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(uploads, "vet", vet)
+    shutil.copytree(bundle_dir / "tiny", tmp_path / "avatars" / "tiny")
+    app = create_app(Settings(bundle_dir=tmp_path / "avatars", jobs_dir=tmp_path / "jobs", threads=1))
+    with run_server(app) as address:
+        yield address
+
+
+def bodies(bundle: Path) -> st.SearchStrategy[bytes]:
+    """Something of each kind that is posted, and nonsense."""
+    archive, poses = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for path in bundle.iterdir():
+            opened.writestr(path.name, path.read_bytes())
+    np.savez(poses, poses=np.zeros((2, 72), np.float32))
+    return st.sampled_from([archive.getvalue(), poses.getvalue()]) | st.binary(max_size=200)
+
+
+def test_whatever_is_sent_the_answer_is_as_described(
+    address: tuple[str, int], document: dict[str, Any], bundle_dir: Path
+) -> None:
+    for operation in operations(document):
+        for kind in set(operation.get("requestBody", {}).get("content", ())) - {"application/json"}:
+            schemathesis.openapi.media_type(kind, bodies(bundle_dir / "tiny"))
+    schema = schemathesis.openapi.from_url(f"http://{address[0]}:{address[1]}/openapi.json")
+    failures = []
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        for mode in GenerationMode:
+            try:
+                send(operation, mode)
+            except Unsatisfiable:
+                # Where every text is a valid name, nothing invalid can be sent.
+                assert mode is GenerationMode.NEGATIVE, operation.label
+            except (Exception, FailureGroup) as error:
+                failures.append(f"{operation.label}, {mode.value}: {error}")
+    assert not failures, "\n\n".join(failures)
+
+
+def send(operation: Any, mode: GenerationMode) -> None:
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def call(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE and "avatar_id" in case.path_parameters and case.method != "DELETE":
+            case.path_parameters["avatar_id"] = "tiny"
+        # No schema says which numbers are a rotation, or which version an avatar is at.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    call()
+
+
+def operations(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [operation for item in document["paths"].values() for operation in item.values()]
+
+
+def test_every_error_has_an_example(document: dict[str, Any]) -> None:
+    described = {
+        (value["status"], code): value
+        for response in document["components"]["responses"].values()
+        for code, example in response["content"]["application/problem+json"]["examples"].items()
+        for value in [example["value"]]
+    }
+    for error in tree(AvatarServiceError):
+        value = described[error.status, error.code]
+        assert (value["title"], value["type"]) == (error.title, f"urn:reposer:problem:{error.code}")
+        assert ("detail" in value) == (error.status < 500)
+
+
+def tree(root: type[AvatarServiceError]) -> list[type[AvatarServiceError]]:
+    return [root] + [error for child in root.__subclasses__() for error in tree(child)]
+
+
+def test_every_operation_names_its_problems(document: dict[str, Any]) -> None:
+    responses = document["components"]["responses"]
+    for operation in operations(document):
+        problems = {status: response for status, response in operation["responses"].items() if int(status) >= 400}
+        assert {"400", "404", "500"} <= set(problems)
+        for status, response in problems.items():
+            content = responses[response["$ref"].rpartition("/")[2]]["content"]["application/problem+json"]
+            assert content["examples"]
+            assert {example["value"]["status"] for example in content["examples"].values()} == {int(status)}
+        assert operation["operationId"]
+    assert not {"HTTPValidationError", "ValidationError"} & set(document["components"]["schemas"])

@@ -1,0 +1,126 @@
+"""The server process: it drains, it ends in time with the right status, and it says how it is meanwhile."""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from service.frames import decode_stream
+
+END_S = 60.0
+"""Generous: the machine of a test may be slow."""
+
+
+Start = Callable[..., tuple[subprocess.Popen[bytes], str]]
+
+
+@pytest.fixture
+def start(bundle_dir: Path, tmp_path: Path) -> Iterator[Start]:
+    """`reposer serve` in a process of its own: the process and its URL."""
+    started = []
+
+    def run(*arguments: str, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "service", "serve", "--bundles", str(bundle_dir), "--port", str(port)]
+        log = open(tmp_path / "log", "wb")  # noqa: SIM115 - the process has it
+        process = subprocess.Popen([*command, *arguments], env=os.environ | environment, stderr=log)
+        started.append((process, log))
+        return process, f"http://127.0.0.1:{port}"
+
+    yield run
+    for process, log in started:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+HTTP = httpx.Client(timeout=30, verify=False, trust_env=False)  # made once: that takes longer than all its requests
+
+
+def wait_for(url: str, status: int) -> httpx.Response:
+    until = time.monotonic() + END_S
+    while time.monotonic() < until:
+        try:
+            answer = HTTP.get(url)
+            if answer.status_code == status:
+                return answer
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{url} never answered {status}")
+
+
+def motion(frames: int) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, poses=np.zeros((frames, 72), np.float32))
+    return file.getvalue()
+
+
+HEADERS = {"Content-Type": "application/x-npz", "Accept": "application/vnd.reposer.frames"}
+
+
+def stuck_client(url: str) -> socket.socket:
+    """Asks for 170 MB and reads none of them."""
+    host, port = url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)))
+    body = motion(10_000)
+    head = "".join(f"{name}: {value}\r\n" for name, value in (HEADERS | {"Content-Length": str(len(body))}).items())
+    client.sendall(f"POST /avatars/tiny/repose HTTP/1.1\r\nHost: {host}\r\n{head}\r\n".encode() + body)
+    client.recv(1, socket.MSG_PEEK)  # the answer has begun
+    return client
+
+
+def test_fault_31_sigterm_under_load_lets_what_is_in_flight_finish(start: Start, tmp_path: Path) -> None:
+    server, url = start("--cpu", REPOSER_DRAIN_GRACE_S="300")
+    wait_for(f"{url}/readyz", 200)
+    with HTTP.stream("POST", f"{url}/avatars/tiny/repose", content=motion(2000), headers=HEADERS) as answer:
+        pieces = answer.iter_raw()
+        received = [next(pieces)]  # 9 MB are more than all buffers hold: it goes on only when it is read
+        server.send_signal(signal.SIGTERM)
+        not_ready = wait_for(f"{url}/readyz", 503)
+        assert not_ready.json()["code"] == "draining"
+        assert HTTP.get(f"{url}/livez").status_code == 200
+        refused = HTTP.post(f"{url}/avatars/tiny/repose", content=motion(1), headers=HEADERS)
+        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+        assert refused.headers["connection"] == "close"
+        assert "Retry-After" in refused.headers
+        assert server.poll() is None
+        received += list(pieces)
+    assert [frame.frame for frame in decode_stream(received)] == list(range(2000))
+    assert server.wait(END_S) == 0
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {"time", "level", "logger", "message", "request_id"} <= set(records[0])
+    done = [record for record in records if record.get("status") == 200 and record["logger"] == "service.access"]
+    assert any(record["path"] == "/avatars/tiny/repose" and record["request_id"] != "-" for record in done)
+
+
+def test_fault_31_a_stuck_client_cannot_keep_the_process(start: Start) -> None:
+    server, url = start("--cpu", REPOSER_DRAIN_GRACE_S="1")
+    wait_for(f"{url}/readyz", 200)
+    with stuck_client(url):
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(END_S) == 0
+
+
+def test_an_idle_server_ends_at_once(start: Start) -> None:
+    server, url = start("--cpu", REPOSER_DRAIN_GRACE_S="300")
+    wait_for(f"{url}/startupz", 200)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(END_S) == 0
+
+
+def test_fault_28_a_gpu_that_is_required_and_missing_ends_the_process_with_70(start: Start) -> None:
+    server, _ = start("--cpu", REPOSER_REQUIRE_GPU="1")
+    assert server.wait(END_S) == 70

@@ -1,0 +1,182 @@
+"""Laws of the order in which frames are computed, under arbitrary traffic."""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.work_queue import LIVE_IN_A_ROW, Work, WorkQueue
+
+BUDGET, BATCH_S, VERTICES = 80_000, 0.1, 10_000
+
+
+class Body:
+    """Stands for an avatar: all the queue asks of one is how many vertices it has."""
+
+    vertices = np.zeros((VERTICES, 3))
+
+    def mesh(self, lod: str) -> Any:
+        return self
+
+
+BODIES = [Body(), Body()]
+AVATAR: Any = BODIES[0]
+
+
+def work(client: object, frames: int = 1, live: bool = False, avatar: Any = AVATAR, lod: str = "standard") -> Work:
+    return Work(client, avatar, lod, np.zeros((frames, 24, 3, 3)), np.zeros((frames, 3)), live, None, 0.0, None)  # type: ignore[arg-type]
+
+
+def known_speed(queue: WorkQueue, seconds_per_frame: float) -> None:
+    for body in BODIES:
+        for lod in ("standard", "preview"):
+            queue.pace(body, lod).learn(1, seconds_per_frame)  # type: ignore[arg-type]
+
+
+arrivals = st.tuples(
+    st.just("add"), st.integers(0, 4), st.integers(1, 9), st.booleans(), st.integers(0, 1), st.booleans()
+)
+traffic = st.lists(arrivals | st.just(("take",)) | st.just(("finish",)) | st.just(("call off",)), max_size=80)
+
+
+@settings(deadline=None, max_examples=300)
+@given(traffic, st.sampled_from([0.001, 0.03, 5.0]), st.randoms(use_true_random=False))
+def test_whatever_comes_the_laws_hold(traffic: list[Any], seconds_per_frame: float, random: Any) -> None:
+    queue, clients = WorkQueue(BUDGET, BATCH_S), [object() for _ in range(5)]
+    known_speed(queue, seconds_per_frame)
+    largest = queue.largest_batch(AVATAR, "standard")
+    assert largest == max(1, min(BUDGET // VERTICES, int(BATCH_S / seconds_per_frame)))
+    waiting: list[Work] = []
+    running: list[list[Work]] = []
+    bulk_seen: dict[Work, int] = {}
+
+    def take() -> bool:
+        batch = queue.take()
+        if not batch:
+            assert not waiting
+            return False
+        first = batch[0]
+        assert len({(w.avatar, w.lod, w.live) for w in batch}) == 1
+        assert len({id(w.client) for w in batch}) == len(batch)
+        assert sum(map(len, batch)) <= largest or len(batch) == 1
+        for taken in batch:
+            # The order of each client is kept, and nothing is taken twice, or after it was called off.
+            line = [w for w in waiting if w.client is taken.client and w.live == taken.live]
+            assert line[0] is taken
+            waiting.remove(taken)
+        if not first.live:
+            for other in waiting:
+                bulk_seen[other] = bulk_seen.get(other, 0) + 1
+        # Live work had to wait for one bulk batch at most.
+        assert all(bulk_seen.get(w, 0) <= 1 for w in batch + waiting if w.live)
+        running.append(batch)
+        return True
+
+    for what, *details in traffic:
+        if what == "add":
+            client, frames, live, body, preview = details
+            lod = "preview" if preview else "standard"
+            piece = work(clients[client], frames, live, BODIES[body], lod)
+            bulk_seen[piece] = sum(not batch[0].live for batch in running)
+            queue.add(piece)
+            waiting.append(piece)
+        elif what == "take" and not running:
+            take()
+        elif what == "finish" and running:
+            queue.finished(running.pop(), seconds=None)
+        elif what == "call off" and waiting:
+            gone = waiting.pop(random.randrange(len(waiting)))
+            queue.discard(gone)
+    # Everything that was accepted and not called off is computed.
+    while running or take():
+        queue.finished(running.pop(), seconds=None)
+    assert not waiting
+
+
+def test_clients_take_turns_whatever_they_have_waiting() -> None:
+    queue = WorkQueue(BUDGET, BATCH_S)
+    known_speed(queue, 5.0)  # one frame a batch
+    many, few = object(), object()
+    for _ in range(6):
+        queue.add(work(many))
+    for _ in range(2):
+        queue.add(work(few))
+    served = []
+    while batch := queue.take():
+        served += [w.client for w in batch]
+        queue.finished(batch, seconds=None)
+    assert served == [many, few, many, few, many, many, many, many]
+
+
+def test_live_goes_before_bulk_but_bulk_is_not_starved() -> None:
+    queue = WorkQueue(BUDGET, BATCH_S)
+    known_speed(queue, 0.05)  # two frames a batch
+    bulk = object()
+    for _ in range(10):
+        queue.add(work(bulk, frames=2))
+    lines = []
+    for _ in range(60):
+        queue.add(work(object(), live=True))  # a new live frame before every batch
+        batch = queue.take()
+        lines.append(batch[0].live)
+        queue.finished(batch, seconds=None)
+    assert lines[:LIVE_IN_A_ROW] == [True] * LIVE_IN_A_ROW
+    assert lines.count(False) == 10
+    gaps = np.diff([n for n, live in enumerate(lines) if not live])
+    assert max(gaps) <= LIVE_IN_A_ROW + 2
+
+
+def test_pieces_of_many_clients_are_merged_up_to_the_budget() -> None:
+    queue = WorkQueue(BUDGET, BATCH_S)
+    known_speed(queue, 0.001)
+    for frames in (3, 4, 4, 1):
+        queue.add(work(object(), frames))
+    queue.add(work(object(), 2, avatar=BODIES[1]))
+    assert [[len(w) for w in queue.take()] for _ in range(4)] == [[3, 4, 1], [4], [2], []]
+
+
+def test_the_size_of_batches_follows_the_measured_speed() -> None:
+    queue = WorkQueue(BUDGET, BATCH_S)
+    assert queue.largest_batch(AVATAR, "standard") == 1
+    for _ in range(20):
+        queue.pace(AVATAR, "standard").learn(4, 4 * 0.02)
+    assert queue.largest_batch(AVATAR, "standard") in (4, 5)
+    queue.pace(AVATAR, "standard").learn(4, 4 * 0.1)  # once something held it up
+    assert queue.largest_batch(AVATAR, "standard") in (3, 4, 5)
+    queue.pace(AVATAR, "standard").most_frames = 3
+    assert queue.largest_batch(AVATAR, "standard") == 3
+
+
+def test_small_meshes_are_not_computed_one_by_one_however_slow_that_seems() -> None:
+    class Small:
+        vertices = np.zeros((512, 3))
+
+        def mesh(self, lod: str) -> Any:
+            return self
+
+    queue, small = WorkQueue(BUDGET, BATCH_S), Small()
+    queue.pace(small, "standard").learn(1, 10.0)  # type: ignore[arg-type]
+    assert queue.largest_batch(small, "standard") == 16  # type: ignore[arg-type]
+
+
+def test_live_work_stands_back_for_one_bulk_batch_only() -> None:
+    def lines(live_first: bool) -> str:
+        queue = WorkQueue(BUDGET, BATCH_S)
+        known_speed(queue, 5.0)  # one frame a batch
+        bulk, taken = object(), []
+        for _ in range(3):
+            queue.add(work(bulk))
+        if not live_first:
+            taken.append(queue.take())
+        for _ in range(10):
+            queue.add(work(object(), live=True))
+        while batch := queue.take():
+            taken.append(batch)
+            queue.finished(taken[0] if len(taken) == 2 and not live_first else batch, seconds=None)
+        return "".join("L" if batch[0].live else "B" for batch in taken)
+
+    assert LIVE_IN_A_ROW == 4
+    assert lines(live_first=True) == "LLLLB" + 6 * "L" + "BB"
+    # A bulk batch that runs when they come counts too.
+    assert lines(live_first=False) == "B" + 10 * "L" + "BB"
