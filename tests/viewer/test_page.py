@@ -19,11 +19,12 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def picture(page: Page) -> np.ndarray:
-    """The stage as it is drawn, (H, W, 3), when two pictures in a row are the same."""
-    last = None
-    for _ in range(40):
+    """The stage as it is drawn, (H, W, 3), once it has stood still for a while: a frame may be on its way."""
+    last, same = None, 0
+    for _ in range(80):
         shot = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=stage_box(page)))).convert("RGB"), np.int16)
-        if last is not None and np.array_equal(shot, last):
+        same = same + 1 if last is not None and np.array_equal(shot, last) else 0
+        if same == 6:
             return shot
         last = shot
         page.wait_for_timeout(200)
@@ -169,6 +170,7 @@ def test_service_that_goes_away_and_comes_back(page: Page, shoot: Shoot, service
     before = picture(page)
     set_value(page, "input[name='left_hip.x']", -70)
     page.wait_for_timeout(500)
+    picture(page)
     shoot("back")
     assert changed(before, picture(page)) > 0.005, "it poses again"
 
