@@ -216,10 +216,7 @@ class ForwardStage(_Base):
         rates = settings.voxel_learning_rate if voxel else settings.skinning_learning_rate
         groups = [
             {"params": _coupling_parameters(ins), "lr": settings.pin_learning_rate},
-            {
-                "params": [ins.h_c.coefficients] if isinstance(ins.h_c, FieldPIN) else [],
-                "lr": settings.field_learning_rate,
-            },
+            {"params": _field_parameters(ins), "lr": settings.field_learning_rate},
             {"params": list(ins.skinning_field.parameters()), "lr": rates},
             {"params": [self._surface.offsets], "lr": settings.surface_learning_rate},
         ]
