@@ -23,6 +23,8 @@ from model.skinning import NearSkinningField, VoxelSkinningField
 
 CURVE_NODES = 512
 """Places at which the motion of a 2D coupling layer is computed; between them it is interpolated."""
+PIECES = 16
+"""Of each of which the skinning weights are read and blended alone."""
 LOWEST_LOGIT = -60.0
 """Below the largest of its node, a logit stays above this, so that the sum of the weights never vanishes."""
 
@@ -51,16 +53,18 @@ class FastRepose(nn.Module):
     ) -> Float[Tensor, "F V 3"]:
         """See `model.repose.Repose.forward`."""
         code = self.pose_encoder(bone_transforms)
-        q_c = _components(canonical_vertices.T[:, None])  # each (1, V) until a frame moves it
+        count = canonical_vertices.shape[0]
+        filled = functional.pad(canonical_vertices, (0, 0, 0, (count + PIECES - 1) // PIECES * PIECES - count))
+        q_c = _components(filled.T[:, None])  # each (1, V) until a frame moves it
         if self.h_c is not None:
             q_c = self.h_c(q_c, code)
         # Without an H_d nothing lies between the bones and the root.
         bones = bone_transforms if self.h_d is not None else root_transforms[:, None] @ bone_transforms
         posed = apply_bones(self.weights, q_c, bones)
         if self.h_d is None:
-            return posed.mT
+            return posed.mT[:, :count]
         x_d = torch.stack(self.h_d(_components(posed.transpose(0, 1)), code), 1)  # (F, 3, V)
-        return (root_transforms[:, :3, :3] @ x_d + root_transforms[:, :3, 3:]).mT
+        return (root_transforms[:, :3, :3] @ x_d + root_transforms[:, :3, 3:]).mT[:, :count]
 
 
 class FastFields(nn.Module):
@@ -91,9 +95,10 @@ class FastFields(nn.Module):
         for axis, field in enumerate(fields):
             values = self.grid.corners(field, cells)
             for _, share in cells:
-                low, high = values.chunk(2, 1)
-                values = low + share[:, None] * (high - low)
-            moved[axis] = moved[axis] + values[:, 0]
+                middle = len(values) // 2
+                halves = zip(values[:middle], values[middle:], strict=True)
+                values = [low + share * (high - low) for low, high in halves]
+            moved[axis] = moved[axis] + values[0]
             cells[axis] = self.grid.cell(moved[axis], axis)
         first, second, third = (self.grid.metres(component, axis) for axis, component in enumerate(moved))
         return first, second, third
@@ -117,7 +122,7 @@ class FastFields(nn.Module):
 
 
 class FastWeights(nn.Module):
-    """A voxel field's skinning weights up to a factor: one read of a cell's eight corners, one small product."""
+    """A voxel field's bones: one read of a cell's eight corners, one small product."""
 
     rows: Tensor
     slots: Tensor
@@ -140,17 +145,29 @@ class FastWeights(nn.Module):
         self.register_buffer("needed", needed)
         self.last = x * y * z - 1
 
-    def forward(self, x: Components) -> Float[Tensor, "F V J"]:
-        """Positive numbers in the ratios of the weights."""
+    def forward(self, x: Components, columns: Float[Tensor, "F J C"]) -> Float[Tensor, "F C V"]:
+        """Numbers of each bone blended with positive numbers in the ratios of the weights.
+
+        Args:
+            x: a multiple of `PIECES` points.
+        """
         cells = [self.grid.cell(self.grid.unit(component, axis), axis) for axis, component in enumerate(x)]
         shares = cells[0][1].new_ones(1, 1, 1)
         for _, share in cells:  # (F, 8, V), corners as in `Grid.offsets`
             shares = (shares[:, :, None] * torch.stack([1 - share, share], 1)[:, None]).flatten(1, 2)
-        places = self.grid.flat(cells)
-        cell = self.slots.gather(0, places.flatten()).view(places.shape)
-        rows = functional.embedding(cell, self._table())  # (F, V, 8 J)
-        logits = shares.mT[..., None, :] @ rows.unflatten(-1, (8, -1))
-        return logits.squeeze(-2).exp()
+        places, table = self.grid.flat(cells), self._table()
+        rows = self.slots.gather(0, places.flatten()).view(places.shape)
+        frames = rows.shape[0]
+        blended = []
+        # In pieces, so that the corners of one, 8 J numbers a vertex, are still in the cache when they are blended.
+        for row, share in zip(
+            rows.view(frames, PIECES, -1).unbind(1),
+            shares.mT.reshape(frames, PIECES, -1, 1, 8).unbind(1),
+            strict=True,
+        ):
+            logits = share @ functional.embedding(row, table).unflatten(-1, (8, -1))
+            blended.append(columns.mT @ logits.squeeze(-2).exp().mT)
+        return torch.cat(blended, -1)
 
     def _table(self) -> Float[Tensor, "C 8*J"]:
         """Logits of the corners of the cell that begins at each node; a constant."""
@@ -237,17 +254,19 @@ class Grid(nn.Module):
         (i, _), (j, _), (k, _) = cells
         return (i * self.strides[0] + j * self.strides[1] + k).long()
 
-    def corners(self, field: Float[Tensor, "F X"], cells: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "F 8 V"]:
-        """Values of a field at the eight corners."""
-        places = self.flat(cells)[:, None] + self.offsets[:, None]
-        return field.gather(1, places.flatten(1).expand(field.shape[0], -1)).unflatten(1, (8, -1))
+    def corners(self, field: Float[Tensor, "F X"], cells: list[tuple[Tensor, Tensor]]) -> list[Float[Tensor, "F V"]]:
+        """Values of a field at the eight corners, each an array of its own, which stay in the cache."""
+        places = self.flat(cells).expand(field.shape[0], -1)
+        return [field.gather(1, places + offset) for offset in self.offsets.tolist()]
 
 
 def apply_bones(weights: nn.Module, q_c: Components, bones: Float[Tensor, "F J 4 4"]) -> Float[Tensor, "F 3 V"]:
-    """Linear blend skinning with weights up to a factor."""
-    shares = weights(q_c) if isinstance(weights, FastWeights) else weights(torch.stack(q_c, -1))
+    """Linear blend skinning with weights up to a factor, the sum of which travels along."""
     columns = functional.pad(bones[..., :3, :].mT.flatten(-2), (0, 1), value=1.0)  # (F, J, 13)
-    blended = columns.mT @ shares.mT  # (F, 13, V)
+    if isinstance(weights, FastWeights):
+        blended = weights(q_c, columns)
+    else:
+        blended = columns.mT @ weights(torch.stack(q_c, -1)).mT
     x, y, z = (component[:, None] for component in q_c)
     moved = x * blended[:, 0:3] + y * blended[:, 3:6] + z * blended[:, 6:9] + blended[:, 9:12]
     return moved / blended[:, 12:]

@@ -113,6 +113,19 @@ class BareEngine:
         budget = most_frames * len(vertices)
         return [b.seconds for b in repose_in_batches(self._engine, self.bundle.skeleton, vertices, poses, budget)]
 
+    def paced_seconds(self, motion: Motion, lod: str, fps: float) -> list[float]:
+        """Of each frame, asked for at this rate: a core that has slept in between is slower than one that has not."""
+        vertices, skeleton = self.bundle.meshes[lod].vertices, self.bundle.skeleton
+        rotations = axis_angle_to_matrix(motion.poses.reshape(-1, 24, 3)).astype(np.float32)
+        spent, began = [], time.perf_counter()
+        for n, (rotation, translation) in enumerate(zip(rotations, motion.translation, strict=True)):
+            time.sleep(max(0.0, began + n / fps - time.perf_counter()))
+            started = time.perf_counter()
+            bones = skeleton.bone_transforms(rotation[None])
+            self._engine.repose(vertices, bones, skeleton.root_transforms(rotation[None], translation[None]))
+            spent.append(time.perf_counter() - started)
+        return spent
+
 
 def rest_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes) -> list[Row]:
     """A sequence over HTTP, and the same in the engine, in turns; the first turn is not counted."""
@@ -158,10 +171,10 @@ def cache_rows(server: Server, avatar: str, motion: Motion, sizes: Sizes, folder
 
 
 def stream_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes) -> list[Row]:
-    """One live stream, and the engine's single frames, in turns."""
+    """One live stream, and the engine's frames at the same rate, in turns."""
     avatar, delays, frames = engine.bundle.manifest.id, [], []
     for _ in range(sizes.repeats):
-        frames += engine.seconds(motion.of_length(50), "preview", 1)
+        frames += engine.paced_seconds(motion.of_length(math.ceil(LIVE_FPS * sizes.stream_s)), "preview", LIVE_FPS)
         (received,) = asyncio.run(load.live_streams(server.url, avatar, motion, 1, LIVE_FPS, sizes.stream_s))
         delays += [frame.delay_s for frame in received]
     engine_ms = 1000 * median(frames)
@@ -170,7 +183,9 @@ def stream_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes
         row("ws_engine_frame_p99_ms", 1000 * _p99(frames), "ms"),
         row("ws_live_median_ms", 1000 * median(delays), "ms"),
         row("ws_live_p99_ms", 1000 * _p99(delays), "ms"),
+        # The first is what was promised; the second leaves out what the machine does to the engine too.
         row("ws_live_p99_overhead_ms", 1000 * _p99(delays) - engine_ms, "ms", 5.0, at_least=False),
+        row("ws_live_p99_over_engine_p99_ms", 1000 * (_p99(delays) - _p99(frames)), "ms"),
     ]
 
 

@@ -3,10 +3,13 @@
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +59,9 @@ class Batch:
 
 AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 20}
 """Vertices of all frames together in one run: on a CPU what its caches hold, on CUDA what fits beside others."""
+WORTH_A_THREAD = 1 << 13
+"""Vertices of a single frame for each thread that has a part in it: what is done once a frame, each does again."""
+COMPUTING_NICE = 10
 HELD_MESHES = 8
 """Canonical meshes kept on the device."""
 
@@ -72,19 +78,21 @@ class OnnxEngine:
 
         Args:
             graph: contents of `repose.onnx`.
-            threads: 0 for as many as there are cores.
+            threads: on a CPU, 0 for as many as there are cores.
             cpu_only: do not look for CUDA.
-            plain: run the reference form of the network, for comparison; graphs without a choice have one form.
+            plain: run the reference form of the network as ONNX Runtime does by itself, for comparison; graphs without
+                a choice have one form.
 
         Raises:
             AvatarUnavailable: no valid graph, or not one with the inputs and outputs of a bundle.
         """
+        threads = threads or len(os.sched_getaffinity(0))
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        # The operators of the fast form are short: threads that meet after each of them would mostly wait for each
+        # other.  Here each computes frames, or a part of a frame, from end to end.
+        options.intra_op_num_threads = threads if plain else 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Without this the threads spin between batches, on the cores that encode and send.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         available = ort.get_available_providers()
         wanted: list[Any] = ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" in available and not cpu_only:
@@ -100,6 +108,9 @@ class OnnxEngine:
         self.provider: str = self._session.get_providers()[0]
         self.device = "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
         self._plain = plain and PLAIN in [tensor.name for tensor in self._session.get_overridable_initializers()]
+        parallel = self.device == "cpu" and not plain and threads > 1
+        self._pool = ThreadPoolExecutor(threads, "repose", initializer=give_way) if parallel else None
+        self._threads = threads if parallel else 1
         self._held: dict[int, tuple[NDArray[np.float32], ort.OrtValue]] = {}
         self._lock = threading.Lock()
         if self.device == "cpu" and len(wanted) > 1:
@@ -111,19 +122,34 @@ class OnnxEngine:
         bone_transforms: NDArray[np.float32],
         root_transforms: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        frames = len(bone_transforms)
-        vertices = np.empty((frames, len(canonical_vertices), 3), np.float32)
-        size = max(1, AT_ONCE[self.device] // max(1, len(canonical_vertices)))
+        vertices = np.empty((len(bone_transforms), len(canonical_vertices), 3), np.float32)
+        parts = self._parts(*vertices.shape[:2])
+
+        def run(part: tuple[slice, slice]) -> None:
+            frames, points = part
+            mesh = self._on_device(canonical_vertices[points] if self.device == "cpu" else canonical_vertices)
+            self._run(mesh, bone_transforms[frames], root_transforms[frames], vertices[frames, points])
+
         try:
-            mesh = self._on_device(canonical_vertices)
-            for start in range(0, frames, size):
-                part = slice(start, start + size)
-                self._run(mesh, bone_transforms[part], root_transforms[part], vertices[part])
+            for _ in map(run, parts) if self._pool is None or len(parts) == 1 else self._pool.map(run, parts):
+                pass
         except Exception as error:  # as above
             if any(sign in str(error) for sign in _SIGNS_OF_TOO_LITTLE_MEMORY):
                 raise OutOfMemory("the device has no memory left") from error
             raise EngineFailed("ONNX Runtime failed") from error
         return vertices
+
+    def _parts(self, frames: int, vertices: int) -> list[tuple[slice, slice]]:
+        """Which frames and which vertices each run computes; the answer of each lies in one piece."""
+        if frames == 1:
+            count = max(1, min(self._threads, vertices // WORTH_A_THREAD))
+            cuts = [vertices * n // count for n in range(count + 1)]
+            return [(slice(0, 1), slice(*cut)) for cut in pairwise(cuts)]
+        most = max(1, AT_ONCE[self.device] // max(1, vertices))
+        # As many runs for each thread as it takes, all of one size.
+        count = self._threads * -(-frames // (self._threads * most))
+        size = max(1, -(-frames // max(1, count)))
+        return [(slice(start, start + size), slice(None)) for start in range(0, frames, size)]
 
     def _run(
         self,
@@ -161,6 +187,12 @@ class OnnxEngine:
                 # With the array itself, so that no other one gets its id.
                 self._held[id(canonical_vertices)] = held = canonical_vertices, value
             return held[1]
+
+
+def give_way() -> None:
+    """Let this thread compute only where no other one has anything to do: those that answer and send need little."""
+    if sys.platform == "linux":  # elsewhere the priority is that of the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTING_NICE)
 
 
 def repose_in_batches(

@@ -1,4 +1,4 @@
-"""Load on a running service, through the project's own client; `service.bench_service` makes figures of it.
+"""Load on a running service; `service.bench_service` makes figures of it.
 
 Everything is bounded in count and time.  Each request has poses of its own, so that no cache answers by accident.
 """
@@ -6,14 +6,17 @@ Everything is bounded in count and time.  Each request has poses of its own, so 
 import asyncio
 import itertools
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.client import AsyncClient, Client, Refused
+from service.client import AsyncClient, Client
 from service.client.aio_stream import AsyncStream
+from service.client.calls import frames_type, repose_call
 
 MAX_IN_FLIGHT = 256
 """Requests not yet answered; above it, the load waits, and what it waits for shows in the times."""
@@ -119,9 +122,8 @@ async def _send(stream: AsyncStream, motion: Motion, fps: float, seconds: float)
 async def one_by_one(url: str, avatar: str, motion: Motion, frames: int, count: int) -> Answered:
     """Requests for short sequences, each after the one before."""
     answered = Answered()
-    async with AsyncClient(url, retries=0) as client:
-        for _ in range(count):
-            await _request(client, avatar, motion.of_length(frames), answered)
+    for _ in range(count):
+        await _request(url, avatar, motion.of_length(frames), answered)
     return answered
 
 
@@ -130,40 +132,50 @@ async def at_a_rate(
 ) -> Answered:
     """Requests for short sequences, `per_s` a second whatever becomes of them; `server` is the process to weigh."""
     answered, tasks = Answered(), set()
-    async with AsyncClient(url, retries=0) as client:
-        began = time.monotonic()
-        weighing = asyncio.create_task(_weigh(server, answered))
-        for n in range(int(per_s * seconds)):
-            await asyncio.sleep(began + n / per_s - time.monotonic())
-            if time.monotonic() - began > seconds:
-                break
-            while len(tasks) >= MAX_IN_FLIGHT:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            tasks.add(task := asyncio.create_task(_request(client, avatar, motion.of_length(frames), answered)))
-            task.add_done_callback(tasks.discard)
-        await asyncio.gather(*tasks)
-        weighing.cancel()
+    began = time.monotonic()
+    weighing = asyncio.create_task(_weigh(server, answered))
+    for n in range(int(per_s * seconds)):
+        await asyncio.sleep(began + n / per_s - time.monotonic())
+        if time.monotonic() - began > seconds:
+            break
+        while len(tasks) >= MAX_IN_FLIGHT:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        tasks.add(task := asyncio.create_task(_request(url, avatar, motion.of_length(frames), answered)))
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    weighing.cancel()
     return answered
 
 
-async def _request(client: AsyncClient, avatar: str, motion: Motion, answered: Answered) -> None:
+async def _request(url: str, avatar: str, motion: Motion, answered: Answered) -> None:
+    """One request on a connection of its own, from before it is opened to the last byte of the answer.
+
+    Written by hand: with a client library, what is measured under load is mostly that library.
+    """
+    call = repose_call(avatar, motion.poses, motion.translation, frames_type("q16"), {"lod": "preview"})
+    address = urlsplit(url)
+    fields = call.headers | {"Host": address.netloc, "Content-Length": str(len(call.body)), "Connection": "close"}
+    head = [f"POST {call.path}?{urlencode(call.query)} HTTP/1.1", *(": ".join(field) for field in fields.items())]
+    request = "\r\n".join([*head, "", ""]).encode() + call.body
     began = time.perf_counter()
-    frames = 0
     try:
-        async for _ in client.repose(avatar, motion.poses, motion.translation, lod="preview"):
-            frames += 1
-    except Refused as refused:
-        if refused.status == 503:
-            answered.refused.append(time.perf_counter() - began)
-        else:
-            answered.failed.append(str(refused))
+        reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 20)
+        with closing(writer):
+            writer.write(request)
+            status = int((await reader.readline()).split()[1])
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            await reader.readexactly(int(answer.partition("content-length:")[2].split()[0]))
+        await writer.wait_closed()
     except Exception as error:  # whatever it is, it counts
         answered.failed.append(repr(error))
+        return
+    seconds = time.perf_counter() - began
+    if status == 200:
+        answered.accepted.append(seconds)
+    elif status == 503:
+        answered.refused.append(seconds)
     else:
-        if frames == len(motion.poses):
-            answered.accepted.append(time.perf_counter() - began)
-        else:
-            answered.failed.append(f"{frames} of {len(motion.poses)} frames")
+        answered.failed.append(f"status {status}")
 
 
 async def _weigh(server: int, answered: Answered) -> None:

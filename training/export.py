@@ -45,14 +45,15 @@ class ExportError(ValueError):
 
 
 def rounded(ins: INS) -> INS:
-    """Round every weight to the nearest half-precision number, in place; the arithmetic stays float32.
+    """Round every number of the state to the nearest half-precision number, in place; the arithmetic stays float32.
 
     The checkpoint in the bundle is half as large for it.  Mesh, graph and figures are all made after the rounding, so
-    all of them belong to the same weights.
+    all of them belong to the same state.
     """
     with torch.no_grad():
-        for weight in ins.parameters():
-            weight.copy_(weight.half().float())
+        for value in ins.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half().float())
     return ins
 
 

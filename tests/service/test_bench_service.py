@@ -68,13 +68,8 @@ def test_every_promise_of_the_service_is_a_row_with_its_target_in_order(
 
 def test_a_server_that_dies_is_a_crash_and_not_a_refusal(motion_file: Path) -> None:
     motion = load.Motion.read(motion_file)
-    answered = load.Answered()
-
-    async def ask() -> None:
-        async with load.AsyncClient("http://127.0.0.1:9", retries=0) as client:  # nobody listens there
-            await load._request(client, "tiny", motion.of_length(2), answered)
-
-    bench_service.asyncio.run(ask())
+    nobody = "http://127.0.0.1:9"
+    answered = bench_service.asyncio.run(load.one_by_one(nobody, "tiny", motion, frames=2, count=1))
     assert (answered.accepted, answered.refused, len(answered.failed)) == ([], [], 1)
 
 

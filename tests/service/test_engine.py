@@ -45,15 +45,27 @@ def with_forms(graph: bytes, factor: float) -> bytes:
     return model.SerializeToString()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("at_once", [1, 50, 149, 1_000])
 def test_a_batch_in_parts_is_the_batch(
-    engine: Engine, make_graph: Callable[..., bytes], inputs, at_once: int, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, make_graph: Callable[..., bytes], inputs, at_once: int, threads: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(engines, "AT_ONCE", {"cpu": at_once})
-    answer = OnnxEngine(make_graph(), threads=1).repose(*inputs)
+    answer = OnnxEngine(make_graph(), threads=threads).repose(*inputs)
     assert answer.dtype == np.float32
     assert answer.flags["C_CONTIGUOUS"]
     np.testing.assert_allclose(answer, engine.repose(*inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("worth_it", [1, 20, 100])
+def test_threads_share_the_vertices_of_a_single_frame(
+    engine: Engine, make_graph: Callable[..., bytes], inputs, worth_it: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "WORTH_A_THREAD", worth_it)
+    vertices, bones, roots = inputs
+    shared = OnnxEngine(make_graph(), threads=3)
+    assert len(shared._parts(1, len(vertices))) == {1: 3, 20: 2, 100: 1}[worth_it]
+    np.testing.assert_allclose(shared.repose(vertices, bones[2:3], roots[2:3]), engine.repose(*inputs)[2:3], atol=1e-5)
 
 
 def test_answers_are_the_callers_own(make_graph: Callable[..., bytes], inputs) -> None:

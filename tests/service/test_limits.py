@@ -14,7 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.admission import plane_of
 from service.app import create_app
-from service.limits import MAX_HEADER_BYTES, PIECES_FORGIVEN, Limits
+from service.errors import Draining
+from service.limits import MAX_HEADER_BYTES, PIECES_FORGIVEN, Limits, refuse
 from service.rates import MAX_BUCKETS, RateLimiter
 from service.settings import Settings
 
@@ -177,6 +178,24 @@ async def test_fault_06_a_refusal_survives_an_application_that_swallows_it(tmp_p
     assert (status, b"body-too-large" in body) == (413, True)
     assert (await call(app, pieces(150), "PUT"))[0] == 200
     assert (await call(app, pieces(201), "PUT"))[0] == 413
+
+
+@pytest.mark.parametrize(("announced", "read"), [(b"30", 3), (b"100000", 0)])
+async def test_a_refusal_leaves_no_small_body_unread(announced: bytes, read: int) -> None:
+    """Closed on top of bytes that nobody has read, a connection is reset, and the answer may be lost."""
+    coming, order = iter(pieces(10, 10, 10)), []
+
+    async def receive() -> Message:
+        order.append("read")
+        return next(coming)
+
+    async def send(message: Message) -> None:
+        order.append(message["type"])
+
+    scope = {"type": "http", "method": "POST", "path": "/x", "query_string": b"", "server": ("a", 1), "scheme": "http"}
+    headers = [(b"content-length", announced)]
+    await refuse(scope | {"headers": headers}, receive, send, Draining("going", {"Connection": "close"}))
+    assert order == ["read"] * read + ["http.response.start", "http.response.body"]
 
 
 class Clock:

@@ -173,6 +173,23 @@ def test_the_bundles_checkpoint_is_the_network_that_its_graph_runs(bundle_folder
         assert 0 < error <= allowed
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 50])
+def test_the_graph_takes_any_number_of_vertices(bundle_folder: Path, count: int) -> None:
+    bundle = read_bundle(bundle_folder)
+    session = onnxruntime.InferenceSession(bundle.repose_onnx, providers=["CPUExecutionProvider"])
+    rotations = axis_angle_to_matrix(np.random.default_rng(0).normal(0, 0.4, (2, 24, 3)))
+    skeleton, vertices = bundle.skeleton, bundle.meshes["preview"].vertices[:200]
+    feeds = {
+        "bone_transforms": skeleton.bone_transforms(rotations),
+        "root_transforms": skeleton.root_transforms(rotations, np.zeros((2, 3))),
+    }
+    whole, part = (
+        np.asarray(session.run(None, feeds | {"canonical_vertices": some})[0]) for some in (vertices, vertices[:count])
+    )
+    assert part.shape == (2, count, 3)
+    np.testing.assert_allclose(part, whole[:, :count], atol=2e-6)
+
+
 def test_evaluate_command_writes_figures_and_a_picture(run: Path) -> None:
     assert main(["evaluate", str(run), "--mesh", "field", "--lod", "preview", "--through", "both"]) == 0
     report = json.loads((run / "evaluation.json").read_text())
