@@ -180,6 +180,7 @@ class AvatarStore:
 
         Raises:
             AvatarUnavailable: it will not do.
+            Overloaded: the engine has no time for it.
         """
         return await to_thread.run_sync(self._prepare, folder)
 
@@ -188,7 +189,7 @@ class AvatarStore:
             bundle = read_bundle(folder)
             avatar = Avatar(bundle, self._make_engine(bundle.repose_onnx))
             avatar.check(*bundle.meshes)
-        except AvatarUnavailable:
+        except (AvatarUnavailable, Overloaded):
             raise
         except (BundleError, AvatarServiceError) as error:
             raise AvatarUnavailable(f"{folder.name}: {error}") from error

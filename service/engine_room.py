@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.avatars import Avatar, AvatarStore, still_pose
-from service.engine import Batch
+from service.engine import Batch, give_way
 from service.errors import (
     AvatarServiceError,
     AvatarUnavailable,
@@ -65,7 +65,7 @@ class EngineRoom:
     def __init__(self, settings: Settings, store: AvatarStore, metrics: Metrics) -> None:
         self._settings, self._store, self._metrics = settings, store, metrics
         self._queue = WorkQueue(settings.batch_vertex_frames, settings.batch_ms / 1000)
-        self._pool = ThreadPoolExecutor(settings.parallel_inferences, thread_name_prefix="engine")
+        self._pool = ThreadPoolExecutor(settings.parallel_inferences, "engine", initializer=give_way)
         self._sequences = Sequences(self._queue, settings.queue_ms / 1000, metrics)
         self._wake = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
@@ -253,11 +253,14 @@ class EngineRoom:
         if not wanted:
             return None
         measured_s = None
+        results: list[_Result]
         try:
             results = await self._infer(wanted)
             measured_s = time.monotonic() - began
         except OutOfMemory:
             results = await self._in_halves(wanted)
+        except Overloaded as error:  # an engine that serves others too: it is busy, not broken
+            results = [error for _ in wanted]
         except AvatarServiceError as error:
             results = await self._after_failure(wanted, error)
         if all(isinstance(result, OutputInvalid) for result in results):
@@ -328,6 +331,8 @@ class EngineRoom:
     async def _sound(self, avatar: Avatar) -> bool:
         try:
             await asyncio.get_running_loop().run_in_executor(self._pool, avatar.check)
+        except Overloaded:
+            return True
         except Exception as error:
             log.warning("the check of %s failed: %s", avatar.id, error)
             return False

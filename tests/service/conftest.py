@@ -216,7 +216,10 @@ def run_server() -> Callable[[Any], AbstractContextManager[tuple[str, int]]]:
     def running(app: Any) -> Iterator[tuple[str, int]]:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="none")
+            # The loop and the parser of `service.serve`.
+            config = uvicorn.Config(
+                app, loop="asyncio", http="h11", log_level="critical", timeout_graceful_shutdown=1, ws="none"
+            )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, args=([listener],))
             thread.start()

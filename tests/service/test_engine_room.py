@@ -395,6 +395,37 @@ async def test_fault_27_a_surface_with_nan_is_refused_and_only_that_one(bundle_d
         assert room.gave_up.is_set()
 
 
+async def test_an_engine_that_is_busy_is_not_taken_for_a_broken_one(bundle_dir: Path, world: World) -> None:
+    """An engine elsewhere serves others too, and says so."""
+
+    faults: list[Exception] = []
+
+    def refuse(vertices: Any) -> Any:
+        raise faults.pop() if faults else Overloaded("others are served")
+
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        world.change = refuse
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await live(room, avatar)
+        assert len(world.batches) == 3  # who is busy is not asked how he is
+        faults.append(EngineFailed("raised"))
+        with pytest.raises(EngineFailed):
+            await live(room, avatar)
+        assert len(world.batches) == 5
+        world.change = lambda vertices: vertices
+        assert await live(room, avatar, 4) == [4]
+        assert (world.built, avatar.spoilt, room.gave_up.is_set()) == (1, False, False)
+    store = AvatarStore(bundle_dir, world.make_engine)
+    world.change = refuse
+    with pytest.raises(Overloaded):
+        async with store.lease("tiny"):
+            pass
+    world.change = lambda vertices: vertices
+    async with store.lease("tiny") as avatar:
+        assert avatar.id == "tiny"
+
+
 async def test_fault_28_without_the_gpu_that_is_required_nothing_is_served(bundle_dir: Path, world: World) -> None:
     settings = Settings(bundle_dir=bundle_dir, require_gpu=True)
     store = AvatarStore(bundle_dir, world.make_engine, require_gpu=True)

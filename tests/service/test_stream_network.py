@@ -38,7 +38,13 @@ async def listening(**settings: Any) -> AsyncIterator[tuple[str, Any]]:
     """The application on a port of this machine, in this process: its URL, and itself."""
     app = create_app(Settings(**{"threads": 1} | settings))
     config = uvicorn.Config(
-        app, port=0, ws=StreamSocket, ws_max_size=Limits.message_bytes, ws_per_message_deflate=False, log_config=None
+        app,
+        port=0,
+        http="h11",
+        ws=StreamSocket,
+        ws_max_size=Limits.message_bytes,
+        ws_per_message_deflate=False,
+        log_config=None,
     )
     server = uvicorn.Server(config)
     with socket.socket() as listener:
@@ -101,6 +107,26 @@ async def test_live_one_task_sends_while_another_receives(bundle_dir: Path) -> N
         assert stream.stats["frames"] == len(seen)
 
 
+async def test_live_frames_come_while_poses_still_do(bundle_dir: Path) -> None:
+    async with (
+        listening(bundle_dir=bundle_dir) as (url, _),
+        AsyncClient(url) as client,
+        client.stream("tiny", lod="preview") as stream,
+    ):
+        seen: list[int] = []
+
+        def poses() -> Iterator[np.ndarray]:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not seen:
+                assert time.monotonic() < deadline
+                yield POSES[0]
+                time.sleep(0.02)
+
+        async for frame in stream.repose(poses()):
+            seen.append(frame.seq)
+        assert seen == sorted(set(seen))
+
+
 async def test_the_client_gives_up_where_trying_again_is_of_no_use(bundle_dir: Path) -> None:
     async with listening(bundle_dir=bundle_dir) as (url, app), AsyncClient(url, retries=1) as client:
         with pytest.raises(Refused, match="404 avatar-not-found"):
@@ -161,6 +187,22 @@ def test_the_sync_client_against_a_real_process(url: str) -> None:
                 stream.send(pose)
             seen = [stream.receive(TIMEOUT_S) for _ in range(50)]
         assert [frame.seq for frame in seen if frame] == list(range(50))
+
+
+def test_live_frames_come_to_the_sync_client_while_poses_still_do(url: str) -> None:
+    with Client(url) as client, client.stream("large", lod="preview") as stream:
+        seen: list[int] = []
+
+        def poses() -> Iterator[np.ndarray]:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not seen:
+                assert time.monotonic() < deadline
+                yield POSES[0]
+                time.sleep(0.02)
+
+        for frame in stream.repose(poses()):
+            seen.append(frame.seq)
+        assert seen == sorted(set(seen))
 
 
 def test_fault_21_a_client_that_stops_reading_is_closed_and_others_go_on(url: str) -> None:

@@ -40,6 +40,8 @@ def _ray_leaves_nothing():
     with temporary as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", folder)
         patch.setenv("RAY_TMPDIR", folder)
+        # As where the dashboard is not installed: its agents take longer to start than all the rest.
+        patch.setitem(sys.modules, "ray.dashboard.optional_deps", None)
         yield
 
 
