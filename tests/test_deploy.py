@@ -1,5 +1,6 @@
 """What docker-compose.yml and the Dockerfile promise, as far as it can be read; scripts/check-compose runs them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,14 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
+from service.metrics import Metrics
 from service.serve import CLOSE_S, HARD_STOP_S
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-DOCKERFILE = (ROOT / "docker/service.Dockerfile").read_text().replace("\\\n", " ")
+DOCKERFILES = {path.name: path.read_text().replace("\\\n", " ") for path in ROOT.glob("docker/*.Dockerfile")}
+BUILT = {name: DOCKERFILES[Path(of["build"]["dockerfile"]).name] for name, of in SERVICES.items() if "build" in of}
 NGINX = (ROOT / "docker/nginx/nginx.conf").read_text()
+OBSERVABILITY = ROOT / "docker/observability"
+DASHBOARD = json.loads((OBSERVABILITY / "reposer.json").read_text())
+QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 EVERY = pytest.mark.parametrize("name", SERVICES)
 LASTING = [name for name, service in SERVICES.items() if service["restart"] != "no"]
 
@@ -47,40 +53,56 @@ def test_roots_are_read_only_and_what_can_be_written_is_bounded(name: str) -> No
 @pytest.mark.parametrize("name", LASTING)
 def test_what_lasts_is_restarted_and_probed(name: str) -> None:
     assert SERVICES[name]["restart"] == "unless-stopped"
-    assert "healthcheck" in SERVICES[name] or ("build" in SERVICES[name] and "HEALTHCHECK" in DOCKERFILE)
+    assert "healthcheck" in SERVICES[name] or "\nHEALTHCHECK" in BUILT[name]
 
 
 @pytest.mark.parametrize("image", re.findall(r"\$\{\w*(?:IMAGE):-([^}]+)\}", (ROOT / "docker-compose.yml").read_text()))
 def test_images_have_a_version(image: str) -> None:
     tag = image.partition(":")[2]
-    assert re.match(r"\d", tag), f"expected a version, got {image}"
+    assert re.match(r"v?\d", tag), f"expected a version, got {image}"
 
 
-def test_the_images_of_the_dockerfile_are_those_of_the_compose_file() -> None:
-    arguments = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", DOCKERFILE, re.MULTILINE))
-    given = SERVICES["service"]["build"]["args"]
-    assert {name: f"${{{name}:-{default}}}" for name, default in arguments.items()}.items() <= given.items()
-    stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", DOCKERFILE, re.MULTILINE)
-    assert all(base in {f"${{{name}}}" for name in arguments} | {stage for _, stage in stages} for base, _ in stages)
+@pytest.mark.parametrize("name", BUILT)
+def test_the_images_of_the_dockerfile_are_those_of_the_compose_file(name: str) -> None:
+    arguments = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", BUILT[name], re.MULTILINE))
+    given = SERVICES[name]["build"]["args"]
+    assert {argument: f"${{{argument}:-{default}}}" for argument, default in arguments.items()}.items() <= given.items()
+    stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", BUILT[name], re.MULTILINE)
+    known = {f"${{{argument}}}" for argument in arguments} | {stage for _, stage in stages}
+    assert all(base in known for base, _ in stages)
 
 
-def test_targets_exist_and_run_as_the_user_of_the_compose_file() -> None:
-    stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
-    for name in ("service", "service-gpu"):
-        assert SERVICES[name]["build"]["target"] in stages
-        assert f"USER {SERVICES[name]['user']}\n" in DOCKERFILE
+@pytest.mark.parametrize("name", BUILT)
+def test_what_is_built_runs_as_the_user_of_the_compose_file(name: str) -> None:
+    stages = re.split(r"^FROM ", BUILT[name], flags=re.MULTILINE)[1:]
+    target = SERVICES[name]["build"].get("target")
+    (stage,) = [stage for stage in stages if stage.splitlines()[0].endswith(f" AS {target}")] if target else stages[-1:]
+    if "\nUSER" not in stage:
+        base = stage.split()[0]
+        (stage,) = [stage for stage in stages if stage.splitlines()[0].endswith(f" AS {base}")]
+    assert re.findall(r"^USER (\S+)$", stage, re.MULTILINE)[-1] == SERVICES[name]["user"]
+    assert f"{SERVICES[name]['user'].partition(':')[0]} " in BUILT[name].split("useradd")[1]
 
 
-def test_every_install_is_pinned() -> None:
-    installs = re.findall(r"pip [^\n&]*install[^\n&]*", DOCKERFILE)
+@pytest.mark.parametrize("name", BUILT)
+def test_images_say_what_they_are_and_hold(name: str) -> None:
+    for label in ("title", "licenses", "version", "revision"):
+        assert f"org.opencontainers.image.{label}=" in BUILT[name]
+    assert re.search(r"^COPY --from=\S+ /opt/reposer/sbom.json /usr/share/doc/reposer/$", BUILT[name], re.MULTILINE)
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_every_install_is_pinned(dockerfile: str) -> None:
+    installs = re.findall(r"pip [^\n&]*install[^\n&]*", DOCKERFILES[dockerfile])
     assert installs
     assert all("-c constraints.txt" in install for install in installs)
     assert "npm ci" in (ROOT / "scripts/build-viewer").read_text()
 
 
-def test_the_build_sees_what_the_dockerfile_copies() -> None:
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_the_build_sees_what_the_dockerfile_copies(dockerfile: str) -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE):
+    for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILES[dockerfile], re.MULTILINE):
         for source in [word for word in line.split() if not word.startswith("--")][:-1]:
             assert source in allowed
             assert (ROOT / source).exists()
@@ -92,13 +114,23 @@ def test_there_is_time_to_drain(name: str) -> None:
     assert seconds(SERVICES[name]["stop_grace_period"]) > needed_s
 
 
-def test_only_nginx_is_published_and_only_on_this_machine() -> None:
-    for name, service in SERVICES.items():
-        if name != "nginx":
-            assert "ports" not in service
-            assert service.get("network_mode") == "none" or service["networks"] == ["back"]
-    assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for port in SERVICES["nginx"]["ports"])
-    assert COMPOSE["networks"]["back"]["internal"] is True
+def test_what_is_published_is_published_on_this_machine() -> None:
+    ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert ports.keys() == {"nginx", "grafana"}
+    assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for port in ports["nginx"])
+    assert all(port.startswith("127.0.0.1:") for port in ports["grafana"])
+
+
+def test_nobody_else_has_a_way_out_and_only_nginx_and_prometheus_reach_the_replicas() -> None:
+    networks = {name: set(service.get("networks", ())) for name, service in SERVICES.items()}
+    assert {name for name in networks if not networks[name]} == {
+        name for name, service in SERVICES.items() if service.get("network_mode") == "none"
+    }
+    assert [name for name in networks if "front" in networks[name]] == ["nginx", "grafana"]
+    assert {name for name in networks if "back" in networks[name]} == {
+        *("service", "service-gpu", "redis", "nginx", "prometheus"),
+    }
+    assert all(COMPOSE["networks"][name]["internal"] for name in ("back", "watch"))
 
 
 def test_the_cache_forgets_what_was_not_used_for_longest() -> None:
@@ -126,6 +158,49 @@ def test_every_variable_is_described_with_its_default() -> None:
     }
 
 
+def test_every_replica_is_watched() -> None:
+    (job,) = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert (found["type"], found["port"]) == ("A", 8000)
+    for name in ("service", "service-gpu"):
+        assert SERVICES[name]["networks"] == {"back": {"aliases": found["names"]}}
+
+
+def test_the_dashboard_shows_what_the_service_exports_and_all_of_it() -> None:
+    suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
+    families = Metrics().registry.collect()
+    exported = {family.name + suffix: family.name for family in families for suffix in suffixes[family.type]}
+    used = {name for query in QUERIES for name in re.findall(r"\breposer_\w+", query)}
+    assert used <= exported.keys()
+    assert {exported[name] for name in used} == set(exported.values())
+
+
+def test_the_dashboard_reads_from_the_prometheus_that_grafana_is_told_of() -> None:
+    (source,) = yaml.safe_load((OBSERVABILITY / "datasource.yml").read_text())["datasources"]
+    assert all(panel["datasource"] == {"type": source["type"], "uid": source["uid"]} for panel in DASHBOARD["panels"])
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((OBSERVABILITY / "dashboards.yml").read_text())["providers"]
+    mounted = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
+    assert Path(mounted["./docker/observability/reposer.json"]).parent == Path(provider["options"]["path"])
+
+
+def test_panels_have_places_of_their_own() -> None:
+    taken = [
+        (column, row)
+        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for column in range(place["x"], place["x"] + place["w"])
+        for row in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(taken) == len(set(taken))
+    assert max(column for column, _ in taken) < 24
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_is_mounted_is_there(name: str) -> None:
+    for source in (volume.partition(":")[0] for volume in SERVICES[name].get("volumes", ())):
+        assert (ROOT / source).is_file() if source.startswith("./") else source in COMPOSE["volumes"]
+
+
 def test_fault_24_nginx_limits_headers_and_their_time() -> None:
     assert re.search(r"client_header_timeout 10s;", NGINX)
     assert re.search(r"client_body_timeout 10s;", NGINX)
@@ -138,14 +213,15 @@ def test_nginx_lets_through_what_the_service_takes() -> None:
     assert bundles > Settings.model_fields["max_bundle_bytes"].default
 
 
-@pytest.mark.parametrize("script", ["docker/nginx/watch.sh", "scripts/check-compose"])
+@pytest.mark.parametrize("script", ["docker/nginx/watch.sh", "scripts/check-compose", "scripts/roll"])
 def test_scripts_are_shell(script: str) -> None:
     shell = (ROOT / script).read_text().splitlines()[0].split()[-1].rpartition("/")[2]
     subprocess.run([shell, "-n", ROOT / script], check=True)
 
 
-def test_hadolint_finds_nothing() -> None:
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_hadolint_finds_nothing(dockerfile: str) -> None:
     linted = subprocess.run(
-        [Path(sys.executable).parent / "hadolint", ROOT / "docker/service.Dockerfile"], capture_output=True, text=True
+        [Path(sys.executable).parent / "hadolint", ROOT / "docker" / dockerfile], capture_output=True, text=True
     )
     assert linted.returncode == 0, linted.stdout

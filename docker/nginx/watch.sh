@@ -6,7 +6,7 @@ set -u
 addresses() {
     # Replicas with a GPU go before those without.
     for name in service-gpu service; do
-        found=$(getent ahostsv4 "$name" | awk '{print $1}' | sort -u)
+        found=$(timeout 1 getent ahostsv4 "$name" | awk '{print $1}' | sort -u)
         [ -z "$found" ] || { echo "$found"; return; }
     done
 }

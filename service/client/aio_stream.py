@@ -102,6 +102,7 @@ class AsyncStream:
         """Send poses one after the other and yield what comes back; in complete mode a frame for each."""
         for pose in poses:
             await self.send(pose)
+            await self._take_in()
             while self._state.inbox:
                 yield await self._next()
         await self.end()
@@ -113,16 +114,23 @@ class AsyncStream:
         assert frame is not None  # the inbox was not empty
         return frame
 
+    async def _take_in(self) -> None:
+        """What has come already, without waiting."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                await self._pump(0)
+
     async def _pump(self, timeout_s: float | None) -> None:
         """Take in one message, or a new connection in place of a broken one."""
         seen = len(self._state.inbox)
-        async with asyncio.timeout(timeout_s), self._pumping:
+        async with asyncio.timeout(timeout_s) as limit, self._pumping:
             if len(self._state.inbox) > seen:
                 return  # another task has taken it in
             assert self._socket is not None
             try:
                 message = await self._socket.recv()
             except ConnectionClosed as closed:
+                limit.reschedule(None)  # or it might be left half made
                 await self._reconnect(closed)
             else:
                 self._backoff.succeeded()

@@ -102,6 +102,7 @@ class Stream:
         """Send poses one after the other and yield what comes back; in complete mode a frame for each."""
         for pose in poses:
             self.send(pose)
+            self._take_in()
             while self._state.inbox:
                 yield self._next()
         self.end()
@@ -112,6 +113,12 @@ class Stream:
         frame = self.receive()
         assert frame is not None  # the inbox was not empty
         return frame
+
+    def _take_in(self) -> None:
+        """What has come already, without waiting."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self._pump(0)
 
     def _pump(self, timeout_s: float | None) -> None:
         """Take in one message, or a new connection in place of a broken one."""

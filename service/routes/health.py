@@ -84,6 +84,7 @@ def health_routes(
     @router.get("/metrics", operation_id="metrics", response_class=Response, include_in_schema=False)
     async def show_metrics() -> Response:
         loaded = store.loaded()
+        metrics.requests_in_flight.set(lifecycle.in_flight)
         metrics.avatars_loaded.set(len(loaded))
         metrics.avatar_bytes.set(sum(avatar.bytes for avatar in loaded))
         for number, used in (await to_thread.run_sync(memory_used)).items():

@@ -91,6 +91,7 @@ async def test_draining_refuses_work_but_answers_probes(serve: Any) -> None:
 async def test_fault_17_a_flood_of_requests_is_refused_before_it_is_read(serve: Any) -> None:
     async with serve(max_requests=3) as client:
         client.app.state.lifecycle.in_flight = 3
+        assert (await samples(client))["reposer_requests_in_flight"] == 3
         answer = await client.post(URL, content=b"not even JSON", headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
         assert answer.headers["retry-after"] == "1"
