@@ -5,6 +5,7 @@ RUNTIME := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu
 BIN := $(VENV)/bin
 
 VIEWER := viewer/dist/index.html
+PORT := 8000
 
 .PHONY: demo serve test bench avatar browser redis clean
 
@@ -13,14 +14,17 @@ demo: $(VENV)/.service   ## start the service, post a motion through its API, wr
 
 serve: $(VENV)/.service  ## the service with the bundled avatars and the viewer, until Ctrl-C
 	$(MAKE) $(VIEWER) || echo "the service runs without its viewer" >&2
-	$(BIN)/reposer serve
+	$(BIN)/reposer serve --port $(PORT)
 
 test: $(VENV)/.develop $(VIEWER) browser redis   ## everything that CI runs
 	scripts/check
 
+# Else the threads of NumPy's OpenBLAS spin on into the run of whatever is measured next.
+bench: export OPENBLAS_THREAD_TIMEOUT = 4
 bench: $(VENV)/.develop redis  ## the benchmarks, two to three hours; writes out/bench/<name>.json
 	$(BIN)/python -m training.bench_repose
 	$(BIN)/python -m service.bench_service
+	$(BIN)/python -m service.bench_exports
 	$(BIN)/python -m training.bench
 
 avatar: $(VENV)/.develop ## make the open subject and train the bundled avatar on it, from nothing
