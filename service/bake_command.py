@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--motion", type=Path, nargs="*", default=[], help=".npz of poses like those it will play")
     parser.add_argument("--test", type=Path, nargs="*", default=[], help=".npz of held-out poses to measure on")
     parser.add_argument("--clip", type=Path, help=".npz of a motion to put in as an animation")
-    parser.add_argument("--poses", type=int, default=600, help="poses to fit on (default: 600)")
+    parser.add_argument("--poses", type=int, default=20_000, help="poses to fit on (default: 20000)")
     parser.add_argument("--up-axis", choices=("y", "z"), help="up axis of the poses, where their files do not say")
     parser.set_defaults(run=run)
 

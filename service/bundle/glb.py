@@ -15,8 +15,15 @@ from numpy.typing import NDArray
 
 MAGIC, JSON_CHUNK, BINARY_CHUNK = b"glTF", 0x4E4F534A, 0x004E4942
 BYTE, SHORT, INT, FLOAT = 5121, 5123, 5125, 5126  # glTF component types, unsigned unless float
+SIGNED_BYTE = 5120
 VERTEX_DATA, INDEX_DATA = 34962, 34963  # glTF buffer view targets
-_COMPONENTS = {BYTE: np.dtype("u1"), SHORT: np.dtype("<u2"), INT: np.dtype("<u4"), FLOAT: np.dtype("<f4")}
+_COMPONENTS = {
+    SIGNED_BYTE: np.dtype("i1"),
+    BYTE: np.dtype("u1"),
+    SHORT: np.dtype("<u2"),
+    INT: np.dtype("<u4"),
+    FLOAT: np.dtype("<f4"),
+}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 OWN_COLORS = "_COLOR_SRGB"
 """Attribute with the colours of the vertices of a mesh that has a texture."""

@@ -4,7 +4,9 @@ Metres, y up, one time code a frame, vertex order that of the mesh.  Needs usd-c
 Reference: Pixar, OpenUSD, schemas UsdGeomMesh, UsdPreviewSurface and the usdz file format.
 """
 
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
@@ -22,6 +24,8 @@ USD_MEDIA_TYPE = "model/vnd.usdz+zip"
 FRAMES_A_SAVE = 32
 MAX_USDZ_BYTES = 4 * 10**9
 """A usdz is a zip of the old kind, which counts to 4 GiB."""
+PADDING_FIELD = 0x1986
+"""Kind of the extra field of a zip that only fills up, as OpenUSD writes it."""
 
 
 def encode_usd(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
@@ -32,7 +36,7 @@ def encode_usd(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
         TooManyFrames: the file would be larger than a usdz can be.
     """
     try:
-        Sdf, Usd = import_module("pxr.Sdf"), import_module("pxr.Usd")
+        Usd = import_module("pxr.Usd")
     except ImportError as error:
         raise NotAcceptable("this service runs without usd-core, so it cannot write USD") from error
     frame_bytes = 24 * len(clip.mesh.vertices)
@@ -44,7 +48,7 @@ def encode_usd(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
             limit_frames=most,
         )
     with tempfile.TemporaryDirectory(prefix="reposer-usd-") as folder:
-        path, package = Path(folder, "avatar.usdc"), Path(folder, "avatar.usdz")
+        path = Path(folder, "avatar.usdc")
         stage = Usd.Stage.CreateNew(str(path))
         points, normals, extent = _describe(stage, clip, Path(folder))
         normals_of, frames = VertexNormals(clip.mesh), enumerate(frames_of(batches))
@@ -57,12 +61,32 @@ def encode_usd(batches: Iterator[Batch], clip: Clip) -> Iterator[bytes]:
             stage.GetRootLayer().Save()
             yield b""
         del stage, points, normals, extent
-        with Sdf.ZipFileWriter.CreateNew(str(package)) as archive:
-            for file in [path, *Path(folder).glob("*.jpg")]:
-                archive.AddFile(str(file), file.name)
-        path.unlink()
-        with package.open("rb") as file:
+        yield from _package([path, *Path(folder).glob("*.jpg")])
+
+
+def _package(paths: list[Path]) -> Iterator[bytes]:
+    """A usdz of files: a zip without compression in which each file's data begins at a multiple of 64 bytes.
+
+    Sdf.ZipFileWriter has the whole of a file in memory; zipfile turns to Zip64, which USD does not read, at 2 GiB.
+    """
+    directory, at = b"", 0
+    for path in paths:
+        name, size, checksum = path.name.encode(), path.stat().st_size, 0
+        with path.open("rb") as file:
+            for piece in pieces(file):
+                checksum = zlib.crc32(piece, checksum)
+                yield b""
+            padding = bytes(-(at + 30 + len(name) + 4) % 64)
+            extra = struct.pack("<HH", PADDING_FIELD, len(padding)) + padding
+            # Version 1.0, no flags, stored, midnight of 1 January 1980.
+            record = struct.pack("<HHHHHIIIHH", 10, 0, 0, 0, 33, checksum, size, size, len(name), len(extra))
+            place = struct.pack("<HHHII", 0, 0, 0, 0, at)
+            directory += b"PK\1\2" + struct.pack("<H", 10) + record + place + name + extra
+            head = b"PK\3\4" + record + name + extra
+            yield head
             yield from pieces(file)
+        at += len(head) + size
+    yield directory + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, len(paths), len(paths), len(directory), at, 0)
 
 
 def _describe(stage: Any, clip: Clip, folder: Path) -> tuple[Any, Any, Any]:

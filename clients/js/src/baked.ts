@@ -7,6 +7,13 @@ import { rotationAbout } from "./transforms.js";
 
 const MAGIC = 0x46546c67; // "glTF" read as a little-endian u32
 const ORIGIN = [0, 0, 0];
+const KINDS: Record<number, any> = {
+  5120: Int8Array,
+  5121: Uint8Array,
+  5123: Uint16Array,
+  5125: Uint32Array,
+  5126: Float32Array,
+};
 
 export class BakedAvatar {
   /** x y z of each vertex before corrections, metres. */
@@ -15,12 +22,12 @@ export class BakedAvatar {
   readonly skeleton: Skeleton;
   readonly #joints: Uint8Array;
   readonly #weights: Float32Array;
-  readonly #shapes: Float32Array[];
+  readonly #shapes: Int8Array;
   readonly #network: Network;
   readonly #corrected: Float32Array;
 
   /**
-   * @param glb what `reposer bake` wrote; it is viewed, not copied.
+   * @param glb what `reposer bake` wrote; all but its shapes is viewed, not copied.
    * @throws Error where it is not such a file.
    */
   constructor(glb: ArrayBuffer) {
@@ -36,8 +43,8 @@ export class BakedAvatar {
     this.index = array(indices) as Uint16Array | Uint32Array;
     this.#joints = array(attributes.JOINTS_0) as Uint8Array;
     this.#weights = array(attributes.WEIGHTS_0) as Float32Array;
-    this.#shapes = targets.map((target: { POSITION: number }) => array(target.POSITION));
-    this.#network = new Network(mesh.extras.network);
+    this.#shapes = sideBySide(targets.map((target: { POSITION: number }) => array(target.POSITION)));
+    this.#network = new Network(mesh.extras.network, (part) => array(part.accessor) as Float32Array);
     this.#corrected = new Float32Array(this.canonical.length);
     this.skeleton = new Skeleton(skeletonOf(document));
   }
@@ -65,34 +72,50 @@ export class BakedAvatar {
   }
 }
 
-/** weights = constant + f linear + tanh(f hidden + bias) output, f the turns of joints 1 to 23 as 3 x 3 matrices. */
-class Network {
-  readonly #before: Float64Array;
-  readonly #after: Float64Array;
-  readonly #hidden: Float64Array;
-  readonly #bias: Float64Array;
-  readonly #linear: Float64Array;
-  readonly #output: Float64Array;
-  readonly #constant: Float64Array;
+/** An array of the network: the accessor with its numbers, rows first. */
+interface Part {
+  accessor: number;
+  shape: number[];
+}
 
-  constructor(record: Record<string, unknown[]>) {
-    const numbers = (name: string) => Float64Array.from(record[name].flat(2) as number[]);
-    this.#before = numbers("before");
-    this.#after = numbers("after");
-    this.#hidden = numbers("hidden");
-    this.#bias = numbers("bias");
-    this.#linear = numbers("linear");
-    this.#output = numbers("output");
-    this.#constant = numbers("constant");
+interface NetworkRecord {
+  before: Part;
+  after: Part;
+  hidden: { matrix: Part; bias: Part }[];
+  linear: Part;
+  output: Part;
+  constant: Part;
+}
+
+/** weights = constant + f linear + h output, f the turns of joints 1 to 23 as 3 x 3 matrices, h the last hidden layer. */
+class Network {
+  readonly #before: Float32Array;
+  readonly #after: Float32Array;
+  readonly #hidden: { matrix: Float32Array; bias: Float32Array }[];
+  readonly #linear: Float32Array;
+  readonly #output: Float32Array;
+  readonly #constant: Float32Array;
+
+  constructor(record: NetworkRecord, numbers: (part: Part) => Float32Array) {
+    this.#before = numbers(record.before);
+    this.#after = numbers(record.after);
+    this.#hidden = record.hidden.map(({ matrix, bias }) => ({ matrix: numbers(matrix), bias: numbers(bias) }));
+    this.#linear = numbers(record.linear);
+    this.#output = numbers(record.output);
+    this.#constant = numbers(record.constant);
   }
 
   weights(pose: ArrayLike<number>): Float64Array {
     const features = this.#features(pose);
-    const hidden = this.#bias.slice();
-    addProduct(features, this.#hidden, hidden);
-    const weights = this.#constant.slice();
+    let layer = features;
+    for (const { matrix, bias } of this.#hidden) {
+      const sums = Float64Array.from(bias);
+      addProduct(layer, matrix, sums);
+      layer = sums.map(Math.tanh);
+    }
+    const weights = Float64Array.from(this.#constant);
     addProduct(features, this.#linear, weights);
-    addProduct(hidden.map(Math.tanh), this.#output, weights);
+    addProduct(layer, this.#output, weights);
     return weights;
   }
 
@@ -121,37 +144,49 @@ class Network {
   }
 }
 
-/** out += sum_k weights[k] shapes[k], four shapes at a time: the memory of `out` is what it waits for. */
-function addShapes(shapes: Float32Array[], weights: Float64Array, out: Float32Array): void {
-  const none = new Float32Array(0);
-  for (let k = 0; k < shapes.length; k += 4) {
-    const [a, b = none, c = none, d = none] = shapes.slice(k, k + 4);
-    const [wa, wb = 0, wc = 0, wd = 0] = weights.subarray(k, k + 4);
-    if (d === none) {
-      for (const [shape, weight] of [[a, wa], [b, wb], [c, wc]] as const) {
-        for (let n = 0; n < shape.length; n++) out[n] += weight * shape[n];
-      }
-    } else {
-      for (let n = 0; n < out.length; n++) out[n] += wa * a[n] + wb * b[n] + wc * c[n] + wd * d[n];
+/** What each shape adds to the first number of the surface, then to the second, and so on; in fours. */
+function sideBySide(shapes: Int8Array[]): Int8Array {
+  const width = 4 * Math.ceil(shapes.length / 4);
+  const numbers = (3 * shapes[0].length) / 4; // the fourth of each vertex is nothing
+  const all = new Int8Array(width * numbers);
+  shapes.forEach((shape, k) => {
+    for (let n = 0; n < numbers; n++) all[n * width + k] = shape[n + Math.floor(n / 3)];
+  });
+  return all;
+}
+
+/** out += sum_k weights[k] shapes[k], with shapes side by side, in 127ths. */
+function addShapes(shapes: Int8Array, weights: Float64Array, out: Float32Array): void {
+  const factors = new Float64Array(shapes.length / out.length);
+  weights.forEach((weight, k) => (factors[k] = weight / 127));
+  for (let n = 0, at = 0; n < out.length; n++) {
+    let sum = 0;
+    let other = 0; // two sums, so that neither waits for the other
+    for (let k = 0; k < factors.length; k += 4, at += 4) {
+      sum += factors[k] * shapes[at] + factors[k + 1] * shapes[at + 1];
+      other += factors[k + 2] * shapes[at + 2] + factors[k + 3] * shapes[at + 3];
     }
+    out[n] += sum + other;
   }
 }
 
 /** out += row matrix, with as many columns as `out`. */
-function addProduct(row: Float64Array, matrix: Float64Array, out: Float64Array): void {
+function addProduct(row: Float64Array, matrix: Float32Array, out: Float64Array): void {
   for (let n = 0, at = 0; n < row.length; n++) {
     const value = row[n];
     for (let column = 0; column < out.length; column++, at++) out[column] += value * matrix[at];
   }
 }
 
+/** Its numbers, viewed; where they have a stride, with what lies between them. */
 function accessor(glb: ArrayBuffer, start: number, document: any, number: number): ArrayLike<number> {
   const { bufferView, byteOffset = 0, componentType, count, type } = document.accessors[number];
   const view = document.bufferViews[bufferView];
-  const kind = { 5121: Uint8Array, 5123: Uint16Array, 5125: Uint32Array, 5126: Float32Array }[componentType as number];
+  const kind = KINDS[componentType as number];
   const width = { SCALAR: 1, VEC3: 3, VEC4: 4 }[type as string];
   if (!kind || !width) throw new Error(`accessor ${number} has an unexpected type`);
-  return new kind(glb, start + (view.byteOffset ?? 0) + byteOffset, width * count);
+  const step = view.byteStride ? view.byteStride / kind.BYTES_PER_ELEMENT : width;
+  return new kind(glb, start + (view.byteOffset ?? 0) + byteOffset, step * count);
 }
 
 /** The nodes stand in the canonical pose, each at its place in the T-pose as seen from its parent. */

@@ -17,7 +17,7 @@ from service.engine import OnnxEngine
 from service.poses import PoseSequence
 
 HERE = Path(__file__).parent
-bake.SHAPES, bake.HIDDEN = 5, 8
+bake.SHAPES, bake.HIDDEN = 5, (8, 6)
 
 
 def main() -> None:

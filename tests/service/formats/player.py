@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.bundle.glb import BYTE, FLOAT, read_array, read_chunks
+from service.bundle.glb import BYTE, FLOAT, SIGNED_BYTE, read_array, read_chunks, read_view
 from service.rotations import from_quaternions
 
 
@@ -17,7 +17,7 @@ class Player:
         self.primitive: dict[str, Any] = self.document["meshes"][0]["primitives"][0]
         attributes = self.primitive["attributes"]
         self.base = self.array(attributes["POSITION"], "VEC3")
-        self.targets = [self.array(target["POSITION"], "VEC3") for target in self.primitive.get("targets", [])]
+        self.targets = [self._target(target["POSITION"]) for target in self.primitive.get("targets", [])]
         self.joints, self.skin_weights, self.inverse = None, None, None
         if "skins" in self.document:
             skin = self.document["skins"][0]
@@ -36,6 +36,16 @@ class Player:
 
     def array(self, number: int, kind: str) -> NDArray[np.float32]:
         return read_array(self.document, self._binary, number, FLOAT, kind)
+
+    def _target(self, number: int) -> NDArray[np.float32]:
+        """(V, 3): floats, or normalised bytes in fours (KHR_mesh_quantization)."""
+        accessor = self.document["accessors"][number]
+        if accessor["componentType"] == FLOAT:
+            return self.array(number, "VEC3")
+        assert (accessor["componentType"], accessor["normalized"]) == (SIGNED_BYTE, True)
+        assert self.document["bufferViews"][accessor["bufferView"]]["byteStride"] == 4
+        values = np.frombuffer(read_view(self.document, self._binary, accessor["bufferView"]), np.int8).reshape(-1, 4)
+        return np.maximum(values[:, :3] / np.float32(127), -1)
 
     def _track(self, sampler: dict[str, Any], channel: dict[str, Any]) -> NDArray[np.float32]:
         kind = {"rotation": "VEC4", "translation": "VEC3", "weights": "SCALAR"}[channel["target"]["path"]]

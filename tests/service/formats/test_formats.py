@@ -182,3 +182,16 @@ def test_usd_longer_than_a_usdz_can_be_is_refused_before_anything_is_computed(ri
     monkeypatch.setattr(usd, "MAX_USDZ_BYTES", 24 * len(rich.clip.mesh.vertices) * 8)
     with pytest.raises(TooManyFrames, match="at most 8 frames, got 9: ask for every=2"):
         next(answers.encode(answers.USD, never(), rich.clip))
+
+
+def test_a_usdz_is_a_zip_without_compression_whose_data_begin_at_multiples_of_64_bytes(rich: Any) -> None:
+    """What USD asks of one, to read it in place; whether the rest is a zip, `testzip` sees."""
+    data = encoded(rich, answers.USD)
+    assert list(members(data)) == ["avatar.usdc", "texture.jpg"]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for info in archive.infolist():
+            assert info.compress_type == zipfile.ZIP_STORED
+            name_size, extra_size = struct.unpack_from("<HH", data, info.header_offset + 26)
+            start = info.header_offset + 30 + name_size + extra_size
+            assert start % 64 == 0
+            assert data[start : start + info.file_size] == archive.read(info)
