@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +20,12 @@ from training.data.subject import Subject
 from training.fleet import FleetError, Outcome, _check_room, _is_trained, read_fleet
 
 STEPS = 60
+WITHOUT_DASHBOARD = """
+import sys
+sys.modules["ray.dashboard.optional_deps"] = None  # its agents take longer to start than all the rest
+from training.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
 SETTINGS = ["stages=weights", f"weights.steps={STEPS}", "weights.points=256", "checkpoint_every_s=0.0"]
 
 
@@ -40,8 +47,6 @@ def _ray_leaves_nothing():
     with temporary as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", folder)
         patch.setenv("RAY_TMPDIR", folder)
-        # As where the dashboard is not installed: its agents take longer to start than all the rest.
-        patch.setitem(sys.modules, "ray.dashboard.optional_deps", None)
         yield
 
 
@@ -54,7 +59,10 @@ def killed(subjects: Path) -> tuple[Path, int, int]:
     killer = threading.Thread(target=lambda: steps.extend(_kill_the_trainer_of(out / "anna", ended)))
     killer.start()
     try:
-        code = main(_command(subjects, out))
+        # In a process of its own: Ray starts no second cluster in one that has had another.
+        code = subprocess.run(
+            [sys.executable, "-c", WITHOUT_DASHBOARD, *_command(subjects, out)], timeout=240
+        ).returncode
     finally:
         ended.set()
         killer.join()
