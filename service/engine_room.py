@@ -118,7 +118,7 @@ class EngineRoom:
             EngineFailed, OutputInvalid, AvatarUnavailable: it cannot be computed.
         """
         avatar.mesh(lod)
-        if live and self._queue.live_seconds() > self._settings.queue_ms / 1000:
+        if live and self._queue.live_seconds() > self._settings.live_queue_ms / 1000:
             self._metrics.refused("overloaded")
             raise Overloaded("too many live frames wait")
         poses = PoseSequence(rotations, translation, 30.0, "y", "m", "matrix")

@@ -102,6 +102,7 @@ _SHOWN = (
     "batch_vertex_frames",
     "batch_ms",
     "queue_ms",
+    "live_queue_ms",
     "avatar_bytes",
     "max_streams",
     "stream_max_fps",

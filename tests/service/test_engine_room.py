@@ -184,7 +184,7 @@ async def test_fault_17_overload_is_refused_with_a_time_to_come_back(bundle_dir:
         assert refused.value.headers["Retry-After"] == "1"
         short = [batch async for batch in room.sequence(avatar, "standard", walk(20))]  # would wait for 20 ms only
         assert sum(len(batch.vertices) for batch in short) == 20
-    async with opened(bundle_dir, world, queue_ms=5) as (room, _, avatar):
+    async with opened(bundle_dir, world, live_queue_ms=5) as (room, _, avatar):
         running = await computing(world, avatar, room)
         waiting = [asyncio.create_task(live(room, avatar)) for _ in range(6)]
         await settle()

@@ -173,6 +173,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, bundle_parts: Any, make_gr
             open_access=True,
             # The front refuses nothing: whoever is refused, Serve had no room for.
             queue_ms=1e9,
+            live_queue_ms=1e9,
             parallel_inferences=64,
             min_engines=2,
             max_engines=2,
