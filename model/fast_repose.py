@@ -44,23 +44,33 @@ class FastRepose(nn.Module):
         self.h_d = _fast(ins.h_d)
         field = ins.skinning_field
         self.weights = FastWeights(field, near) if isinstance(field, VoxelSkinningField) else field
+        self.skinning_at = ins.skinning_at
 
     def forward(
         self,
         canonical_vertices: Float[Tensor, "V 3"],
         bone_transforms: Float[Tensor, "F J 4 4"],
         root_transforms: Float[Tensor, "F 4 4"],
+        skinning_weights: Float[Tensor, "V J"] | None = None,
     ) -> Float[Tensor, "F V 3"]:
-        """See `model.repose.Repose.forward`."""
+        """See `model.repose.Repose.forward`.
+
+        Args:
+            canonical_vertices, bone_transforms, root_transforms: as there.
+            skinning_weights: of the vertices, where they are the same in every pose (`skinning_at` "canonical") and at
+                hand; reading them from the field costs more than all the rest.
+        """
         code = self.pose_encoder(bone_transforms)
         count = canonical_vertices.shape[0]
-        filled = functional.pad(canonical_vertices, (0, 0, 0, (count + PIECES - 1) // PIECES * PIECES - count))
-        q_c = _components(filled.T[:, None])  # each (1, V) until a frame moves it
-        if self.h_c is not None:
-            q_c = self.h_c(q_c, code)
+        if skinning_weights is None:  # read in pieces of one size
+            over = (count + PIECES - 1) // PIECES * PIECES - count
+            canonical_vertices = functional.pad(canonical_vertices, (0, 0, 0, over))
+        x_c = _components(canonical_vertices.T[:, None])  # each (1, V) until a frame moves it
+        q_c = x_c if self.h_c is None else self.h_c(x_c, code)
         # Without an H_d nothing lies between the bones and the root.
         bones = bone_transforms if self.h_d is not None else root_transforms[:, None] @ bone_transforms
-        posed = apply_bones(self.weights, q_c, bones)
+        weights = self.weights if skinning_weights is None else skinning_weights
+        posed = apply_bones(weights, x_c if self.skinning_at == "canonical" else q_c, q_c, bones)
         if self.h_d is None:
             return posed.mT[:, :count]
         x_d = torch.stack(self.h_d(_components(posed.transpose(0, 1)), code), 1)  # (F, 3, V)
@@ -260,15 +270,21 @@ class Grid(nn.Module):
         return [field.gather(1, places + offset) for offset in self.offsets.tolist()]
 
 
-def apply_bones(weights: nn.Module, q_c: Components, bones: Float[Tensor, "F J 4 4"]) -> Float[Tensor, "F 3 V"]:
-    """Linear blend skinning with weights up to a factor, the sum of which travels along."""
+def apply_bones(
+    weights: nn.Module | Float[Tensor, "V J"], x: Components, q_c: Components, bones: Float[Tensor, "F J 4 4"]
+) -> Float[Tensor, "F 3 V"]:
+    """Linear blend skinning of q_c with weights up to a factor, the sum of which travels along.
+
+    Args:
+        weights: of each vertex, or the field that has them at x.
+    """
     columns = functional.pad(bones[..., :3, :].mT.flatten(-2), (0, 1), value=1.0)  # (F, J, 13)
     if isinstance(weights, FastWeights):
-        blended = weights(q_c, columns)
+        blended = weights(x, columns)
     else:
-        blended = columns.mT @ weights(torch.stack(q_c, -1)).mT
-    x, y, z = (component[:, None] for component in q_c)
-    moved = x * blended[:, 0:3] + y * blended[:, 3:6] + z * blended[:, 6:9] + blended[:, 9:12]
+        blended = columns.mT @ (weights if isinstance(weights, Tensor) else weights(torch.stack(x, -1))).mT
+    first, second, third = (component[:, None] for component in q_c)
+    moved = first * blended[:, 0:3] + second * blended[:, 3:6] + third * blended[:, 6:9] + blended[:, 9:12]
     return moved / blended[:, 12:]
 
 

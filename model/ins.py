@@ -23,9 +23,10 @@ from model.root_finding import (
     bone_starts,
     distinct,
     find_roots,
+    inverse_3x3,
     nearest_bone_starts,
 )
-from model.skinning import SkinningField, VoxelSkinningField, linear_blend_skinning
+from model.skinning import SkinningField, VoxelSkinningField, WeightField, linear_blend_skinning
 
 OUTSIDE_LOGIT = -20.0
 """Occupancy logit of a point without a canonical correspondence: outside, and still a finite loss when wrong."""
@@ -35,6 +36,7 @@ NEAREST_STARTS = 4
 
 
 Correctives = Literal["coupling", "field", "linear"]
+SkinningAt = Literal["moved", "canonical"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class INS(nn.Module):
             H_d then reads too.  "linear": linear pose correctives, the baseline, without an inverse.
         code_width: of the pose code of fields.
         skinning: "mlp" or "voxel", see `SkinningField` and `VoxelSkinningField`.
+        skinning_at: where a point's weights are read.  "moved": where H_c has carried it, the paper's (eq. 14).
+            "canonical": where it lies in the canonical frame, so that they are the point's own in every pose, as they
+            are in SMPL.
         grids: box and spacings of what lies on a grid: fields, voxel skinning.
         pin_layers: coupling layers of each PIN.
         omega0: angular frequency of the PINs' space embeddings, rad/m.
@@ -85,6 +90,7 @@ class INS(nn.Module):
         code_width: int = 48,
         skinning: Literal["mlp", "voxel"] = "mlp",
         grids: Grids | None = None,
+        skinning_at: SkinningAt = "moved",
     ) -> None:
         super().__init__()
         self.bone_count = len(parents)
@@ -106,6 +112,7 @@ class INS(nn.Module):
         else:
             box = _needed(grids)
             self.skinning_field = VoxelSkinningField(len(parents), box.low, box.high, box.skinning_spacing)
+        self.skinning_at = skinning_at
         self.occupancy = OccupancyNetwork() if occupancy is None else occupancy
         self.register_buffer("bone_centres", bone_centres, persistent=False)
         self.search: Callable[..., tuple[Tensor, Tensor]] = find_roots
@@ -137,11 +144,11 @@ class INS(nn.Module):
             x_c, bone_transforms: see `to_deformed`.
             pose_code: what both PINs see instead of the code of `bone_transforms`.
         """
-        if x_c.ndim == 2:
-            x_c = x_c.expand(bone_transforms.shape[0], -1, -1)
+        points = x_c if x_c.ndim == 3 else x_c.expand(bone_transforms.shape[0], -1, -1)
         code: Tensor = self.pose_encoder(bone_transforms) if pose_code is None else pose_code
-        q_c = x_c if self.h_c is None else self.h_c.to_deformed(x_c, code)
-        q_d = linear_blend_skinning(q_c, self.skinning_field(q_c), bone_transforms)
+        q_c = points if self.h_c is None else self.h_c.to_deformed(points, code)
+        weights = self.skinning_field(q_c if self.skinning_at == "moved" else x_c)
+        q_d = linear_blend_skinning(q_c, weights, bone_transforms)
         return q_c, q_d, q_d if self.h_d is None else self.h_d.to_deformed(q_d, code)
 
     def to_canonical(
@@ -212,6 +219,11 @@ class INS(nn.Module):
             merged = logits.masked_fill(~valid, lowest).amax(-1)
         return merged.masked_fill(~valid.any(-1), OUTSIDE_LOGIT)
 
+    @property
+    def weights_are_fixed(self) -> bool:
+        """Whether vertices come out linear in the bones' translations, with weights that no pose changes."""
+        return self.skinning_at == "canonical" and self.h_d is None and isinstance(self.pose_encoder, PoseFeatures)
+
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters by the rows of the paper's table 4."""
         parts = {
@@ -244,16 +256,35 @@ class INS(nn.Module):
         q_d = x_d if self.h_d is None else self.h_d.to_canonical(x_d, pose_code)
         if starts is None:
             starts = self._starts(q_d.detach(), bone_transforms, start_bones)
-        roots, converged = self.search(
-            self.skinning_field, q_d.detach(), bone_transforms, starts, max_steps=max_steps, tolerance=tolerance
-        )
+        limits = {"max_steps": max_steps, "tolerance": tolerance}
+        found = [
+            search(field, q_d[part].detach(), bone_transforms[part], starts[part], **limits)
+            for part, field, search in self._fields(pose_code)
+        ]
+        roots, converged = (torch.cat(parts) for parts in zip(*found, strict=True))
         valid = distinct(roots, converged)
         q_c, places = pack(roots, valid)
         if torch.is_grad_enabled():
             targets = q_d.gather(1, _for_points(places // roots.shape[2]))
-            q_c = attach_gradient(self.skinning_field, q_c[:, :, None], targets, bone_transforms)[:, :, 0]
+            q_c = torch.cat(
+                [
+                    attach_gradient(field, q_c[part, :, None], targets[part], bone_transforms[part])[:, :, 0]
+                    for part, field, _ in self._fields(pose_code)
+                ]
+            )
         x_c = q_c if self.h_c is None else self.h_c.to_canonical(q_c, pose_code)
         return x_c, places, valid
+
+    def _fields(self, pose_code: Tensor) -> list[tuple[slice, WeightField, Callable[..., tuple[Tensor, Tensor]]]]:
+        """The weights as functions of q_c, with the frames for which each holds and the search that can use it."""
+        if self.skinning_at == "moved" or self.h_c is None:
+            return [(slice(None), self.skinning_field, self.search)]
+        # A root moves through H_c as it is searched, which depends on the pose: frame by frame.
+        fields: list[tuple[slice, WeightField, Callable[..., tuple[Tensor, Tensor]]]] = []
+        for frame in range(len(pose_code)):
+            part = slice(frame, frame + 1)
+            fields.append((part, CarriedWeights(self.skinning_field, self.h_c, pose_code[part]), find_roots))
+        return fields
 
     def _starts(self, q_d: Tensor, bone_transforms: Tensor, start_bones: Sequence[int] | None) -> Tensor:
         """Where a search starts, (B, N, K, 3)."""
@@ -264,6 +295,37 @@ class INS(nn.Module):
             bone_count = bone_transforms.shape[1]
             start_bones = SNARF_START_BONES if bone_count == 24 else range(bone_count)
         return bone_starts(q_d, bone_transforms, start_bones)
+
+
+class CarriedWeights:
+    """Weights of canonical points as a function of where H_c carries them in one pose: w(H_c^-1(q_c)).
+
+    Args:
+        field: the weights of canonical points.
+        h_c: with an inverse.
+        pose_code: of one frame.
+    """
+
+    def __init__(self, field: WeightField, h_c: PIN | FieldPIN, pose_code: Float[Tensor, "1 C"]) -> None:
+        self.field, self.h_c, self.pose_code = field, h_c, pose_code
+
+    def __call__(self, q_c: Float[Tensor, "*S 3"]) -> Float[Tensor, "*S J"]:
+        """Weights, each row summing to 1, of points in metres."""
+        return self.field(self._back(q_c))
+
+    def with_derivatives(self, q_c: Float[Tensor, "*S 3"]) -> Float[Tensor, "*S 4 J"]:
+        """The weights and their derivatives along x, y and z of q_c (1/m)."""
+        x_c = self._back(q_c)
+        rows = self.field.with_derivatives(x_c)
+        with torch.enable_grad():
+            points = x_c.detach().reshape(1, -1, 3).requires_grad_()
+            moved = self.h_c.to_deformed(points, self.pose_code.detach())
+            gradients = [torch.autograd.grad(one.sum(), points, retain_graph=True)[0] for one in moved.unbind(-1)]
+        slopes = inverse_3x3(torch.stack(gradients, -2)).view(*x_c.shape, 3)  # d x_c / d q_c
+        return torch.cat([rows[..., :1, :], slopes.mT @ rows[..., 1:, :]], -2)
+
+    def _back(self, q_c: Tensor) -> Tensor:
+        return self.h_c.to_canonical(q_c.reshape(1, -1, 3), self.pose_code).view(q_c.shape)
 
 
 def _needed(grids: Grids | None) -> Grids:

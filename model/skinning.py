@@ -18,11 +18,11 @@ from torch.nn import functional
 class WeightField(Protocol):
     """What root finding needs of a skinning-weight field."""
 
-    def __call__(self, x_c: Tensor) -> Tensor:
+    def __call__(self, x_c: Tensor, /) -> Tensor:
         """Weights (..., J) of canonical points (..., 3), metres."""
         ...
 
-    def with_derivatives(self, x_c: Tensor) -> Tensor:
+    def with_derivatives(self, x_c: Tensor, /) -> Tensor:
         """(..., 4, J): the weights and their derivatives along x, y and z (1/m)."""
         ...
 

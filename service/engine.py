@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.bundle.manifest import INPUTS, OUTPUTS, PLAIN, TensorRecord
+from service.bundle.manifest import INPUTS, OUTPUTS, PLAIN, SKINNING_WEIGHTS, TensorRecord
 from service.bundle.skeleton import Skeleton
 from service.errors import AvatarUnavailable, EngineFailed, OutOfMemory, OutputInvalid
 from service.poses import PoseSequence
@@ -107,11 +107,13 @@ class OnnxEngine:
         # ONNX Runtime falls back without an error, so what was asked for proves nothing.
         self.provider: str = self._session.get_providers()[0]
         self.device = "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
-        self._plain = plain and PLAIN in [tensor.name for tensor in self._session.get_overridable_initializers()]
+        optional = [tensor.name for tensor in self._session.get_overridable_initializers()]
+        self._plain = plain and PLAIN in optional
+        self._feeds_weights = not plain and SKINNING_WEIGHTS in optional
         parallel = self.device == "cpu" and not plain and threads > 1
         self._pool = ThreadPoolExecutor(threads, "repose", initializer=give_way) if parallel else None
         self._threads = threads if parallel else 1
-        self._held: dict[int, tuple[NDArray[np.float32], ort.OrtValue]] = {}
+        self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
         if self.device == "cpu" and len(wanted) > 1:
             log.warning("CUDA is offered by onnxruntime but does not start: running on the CPU")
@@ -122,21 +124,25 @@ class OnnxEngine:
         bone_transforms: NDArray[np.float32],
         root_transforms: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        vertices = np.empty((len(bone_transforms), len(canonical_vertices), 3), np.float32)
-        parts = self._parts(*vertices.shape[:2])
-
-        def run(part: tuple[slice, slice]) -> None:
-            frames, points = part
-            mesh = self._on_device(canonical_vertices[points] if self.device == "cpu" else canonical_vertices)
-            self._run(mesh, bone_transforms[frames], root_transforms[frames], vertices[frames, points])
-
         try:
-            for _ in map(run, parts) if self._pool is None or len(parts) == 1 else self._pool.map(run, parts):
-                pass
+            return self._repose(self._hold(canonical_vertices), bone_transforms, root_transforms)
         except Exception as error:  # as above
             if any(sign in str(error) for sign in _SIGNS_OF_TOO_LITTLE_MEMORY):
                 raise OutOfMemory("the device has no memory left") from error
             raise EngineFailed("ONNX Runtime failed") from error
+
+    def _repose(
+        self, held: "_Held", bone_transforms: NDArray[np.float32], root_transforms: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        vertices = np.empty((len(bone_transforms), len(held.vertices), 3), np.float32)
+        parts = self._parts(*vertices.shape[:2])
+
+        def run(part: tuple[slice, slice]) -> None:
+            frames, points = part
+            self._run(held.part(points), bone_transforms[frames], root_transforms[frames], vertices[frames, points])
+
+        for _ in map(run, parts) if self._pool is None or len(parts) == 1 else self._pool.map(run, parts):
+            pass
         return vertices
 
     def _parts(self, frames: int, vertices: int) -> list[tuple[slice, slice]]:
@@ -153,40 +159,65 @@ class OnnxEngine:
 
     def _run(
         self,
-        mesh: ort.OrtValue,
+        mesh: dict[str, ort.OrtValue],
         bone_transforms: NDArray[np.float32],
         root_transforms: NDArray[np.float32],
         vertices: NDArray[np.float32],
     ) -> None:
         """Repose into `vertices`, to which ONNX Runtime writes without a copy in between."""
-        inputs = {
-            "bone_transforms": np.ascontiguousarray(bone_transforms, np.float32),
-            "root_transforms": np.ascontiguousarray(root_transforms, np.float32),
-        }
-        if self._plain:  # an optional input cannot be bound
-            named = inputs | {"canonical_vertices": mesh.numpy(), PLAIN: np.array(True)}
-            vertices[...] = np.asarray(self._session.run(["vertices"], named)[0])
-            return
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("canonical_vertices", mesh)
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
+        for name, value in mesh.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in (("bone_transforms", bone_transforms), ("root_transforms", root_transforms)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(value, np.float32))
         binding.bind_output("vertices", "cpu", 0, np.float32, vertices.shape, vertices.ctypes.data)
         self._session.run_with_iobinding(binding)
 
-    def _on_device(self, canonical_vertices: NDArray[np.float32]) -> ort.OrtValue:
-        """The mesh where the graph runs; copied there once, as long as the caller passes the same array."""
-        if self.device == "cpu":
-            return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(canonical_vertices, np.float32))
+    def _hold(self, canonical_vertices: NDArray[np.float32]) -> "_Held":
+        """What belongs to a mesh, made once, as long as the caller passes the same array."""
         with self._lock:
             held = self._held.get(id(canonical_vertices))
-            if held is None:
-                if len(self._held) >= HELD_MESHES:
-                    self._held.clear()
-                value = ort.OrtValue.ortvalue_from_numpy(canonical_vertices, "cuda", 0)
-                # With the array itself, so that no other one gets its id.
-                self._held[id(canonical_vertices)] = held = canonical_vertices, value
-            return held[1]
+        if held is not None:
+            return held
+        held = _Held(canonical_vertices, self.device, {PLAIN: np.array(True)} if self._plain else {})
+        if self._feeds_weights:
+            held = _Held(canonical_vertices, self.device, {SKINNING_WEIGHTS: self._weights(held)})
+        with self._lock:
+            if len(self._held) >= HELD_MESHES:
+                self._held.clear()
+            self._held[id(canonical_vertices)] = held
+        return held
+
+    def _weights(self, held: "_Held") -> NDArray[np.float32]:
+        """The graph's own skinning weights, (V, 24), read off its answers: in a graph with the input for them vertices
+        are linear in the bones' translations, so three bones a frame are moved by a metre, each along an axis."""
+        bones = np.tile(np.eye(4, dtype=np.float32), (1 + 24 // 3, 24, 1, 1))
+        bone = np.arange(24)
+        bones[1 + bone // 3, bone, bone % 3, 3] = 1.0
+        answers = self._repose(held, bones, np.tile(np.eye(4, dtype=np.float32), (len(bones), 1, 1)))
+        return np.ascontiguousarray((answers[1:] - answers[0]).transpose(1, 0, 2).reshape(-1, 24))
+
+
+class _Held:
+    """A mesh, and what is fed with it, where the graph runs.
+
+    Args:
+        vertices: (V, 3), metres; held itself too, so that no other array gets its id.
+        device: see `Engine.device`.
+        more: further inputs; of arrays with a row for each vertex a part of the mesh gets its rows.
+    """
+
+    def __init__(self, vertices: NDArray[np.float32], device: str, more: dict[str, NDArray[Any]]) -> None:
+        self.vertices = vertices
+        self._arrays = {"canonical_vertices": np.ascontiguousarray(vertices, np.float32), **more}
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in self._arrays.items()}
+
+    def part(self, points: slice) -> dict[str, ort.OrtValue]:
+        """The inputs for some of the vertices; views, on a CPU."""
+        if points == slice(None):
+            return self._values
+        arrays = {name: array[points] if array.ndim else array for name, array in self._arrays.items()}
+        return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
 
 def give_way() -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import manifold3d
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
@@ -20,8 +19,10 @@ from model.repose import Repose
 from model.skinning import NearSkinningField, VoxelSkinningField
 from service.bundle.files import write_bundle
 from service.bundle.glb import Mesh, strongest_bones
-from service.bundle.manifest import Manifest
+from service.bundle.manifest import INPUTS, SKINNING_WEIGHTS, Manifest
 from service.bundle.skeleton import Skeleton, axis_angle_to_matrix
+from service.engine import OnnxEngine
+from service.errors import EngineFailed
 from training.checkpoint import encode_checkpoint
 from training.data.mesh import largest_component
 from training.graph import compact, joined
@@ -86,10 +87,11 @@ def canonical_meshes(state: State, skeleton: Skeleton, source: MeshSource | None
 
 
 def repose_onnx(ins: INS, vertices: NDArray[np.float32]) -> bytes:
-    """Both forms of the network as one self-contained ONNX file; frames and vertices stay free.
+    """All forms of the network as one self-contained ONNX file; frames and vertices stay free.
 
     The fast form (`model.fast_repose`) runs unless the optional input `plain` is true: then the reference
-    (`model.repose`) does.  They share their weights, so the file is little larger than with one of them.
+    (`model.repose`) does.  Where weights do not depend on the pose, the optional input `skinning_weights` makes it
+    faster still.  They share their constants, so the file is little larger than with one of them.
     """
     near = _near_field(ins)
     forms = {"plain": Repose(ins if near is None else _with_weights(ins, near)), "fast": FastRepose(ins, near)}
@@ -99,7 +101,10 @@ def repose_onnx(ins: INS, vertices: NDArray[np.float32]) -> bytes:
         torch.eye(4).repeat(3, 1, 1),
     )
     graphs = {name: _graph(form.eval(), example) for name, form in forms.items()}
-    model = joined(graphs["plain"], graphs["fast"])
+    if ins.weights_are_fixed:
+        given = torch.softmax(torch.rand(len(example[0]), ins.bone_count), -1)
+        graphs["given"] = _graph(forms["fast"], (*example, given))
+    model = joined(**graphs)
     compact(model)
     return model.SerializeToString()
 
@@ -112,9 +117,9 @@ def _graph(form: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> onnx.Mod
         program = torch.onnx.export(
             form,
             example,
-            input_names=["canonical_vertices", "bone_transforms", "root_transforms"],
+            input_names=[*(tensor.name for tensor in INPUTS), SKINNING_WEIGHTS][: len(example)],
             output_names=["vertices"],
-            dynamic_shapes=({0: vertex}, {0: frame}, {0: frame}),
+            dynamic_shapes=({0: vertex}, {0: frame}, {0: frame}, {0: vertex})[: len(example)],
             opset_version=18,
             dynamo=True,
             external_data=False,
@@ -181,9 +186,7 @@ def errors_mm(
     Args:
         plain: measure the plain form of the graph, not the fast one.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # else it warns of the optional input
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    engine = OnnxEngine(graph, cpu_only=True, plain=plain)  # as the service runs it
     translation = np.random.default_rng(0).normal(0, 1, (len(rotations), 3))
     reference, worst = Repose(copy.deepcopy(ins)).eval().double(), []
     smallest = min(meshes, key=lambda lod: len(meshes[lod].vertices))
@@ -191,18 +194,15 @@ def errors_mm(
         first, size = (0, 8) if lod == smallest else (max(0, len(rotations) - 8), 2)
         for start in range(first, len(rotations), size):
             part = slice(start, start + size)
-            feeds = {
-                "canonical_vertices": mesh.vertices,
-                "bone_transforms": skeleton.bone_transforms(rotations[part]),
-                "root_transforms": skeleton.root_transforms(rotations[part], translation[part]),
-            }
+            bones = skeleton.bone_transforms(rotations[part])
+            inputs = mesh.vertices, bones, skeleton.root_transforms(rotations[part], translation[part])
             try:
-                (answer,) = session.run(None, feeds | {"plain": np.array(plain)})
-            except Exception:  # ONNX Runtime's share no base class; the fast form finds no node next to a NaN
+                answer = engine.repose(*inputs)
+            except EngineFailed:  # the fast form finds no node next to a NaN
                 return float("nan")
             with torch.no_grad():
-                expected = reference(*(torch.from_numpy(value).double() for value in feeds.values())).numpy()
-            worst.append(1000 * np.linalg.norm(np.asarray(answer) - expected, axis=-1).max())
+                expected = reference(*(torch.from_numpy(value).double() for value in inputs)).numpy()
+            worst.append(1000 * np.linalg.norm(answer - expected, axis=-1).max())
     return float(np.max(worst))
 
 

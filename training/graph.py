@@ -1,35 +1,55 @@
-"""ONNX graphs as files: two forms of one network in one of them, and as few bytes as that takes."""
+"""ONNX graphs as files: several forms of one network in one of them, and as few bytes as that takes."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.bundle.manifest import PLAIN
+from service.bundle.manifest import PLAIN, SKINNING_WEIGHTS
 
 LARGE = 4096
 """Values of a constant from which its size matters."""
 
 
-def joined(plain: onnx.ModelProto, fast: onnx.ModelProto) -> onnx.ModelProto:
-    """One model with the inputs and outputs of both, which are equal, and the optional input `plain`, by default false.
+def joined(plain: onnx.ModelProto, fast: onnx.ModelProto, given: onnx.ModelProto | None = None) -> onnx.ModelProto:
+    """One model with the inputs and outputs of its forms, which are equal, and the optional input `plain`, by default
+    false.
 
-    Large constants of the same content are stored once, outside of both branches.
+    Large constants of the same content are stored once, outside of all branches.
+
+    Args:
+        given: a form with the input `skinning_weights` more, which is then optional, and runs when it is not empty.
     """
     shared: dict[str, TensorProto] = {}
-    branches = {name: _branch(model.graph, name, shared) for name, model in (("plain", plain), ("fast", fast))}
-    choice = helper.make_node("If", [PLAIN], [output.name for output in fast.graph.output], name="form")
-    choice.attribute.append(helper.make_attribute("then_branch", branches["plain"]))
-    choice.attribute.append(helper.make_attribute("else_branch", branches["fast"]))
-    default = numpy_helper.from_array(np.array(False), PLAIN)
-    flag = helper.make_tensor_value_info(PLAIN, TensorProto.BOOL, [])
-    inputs, outputs = [*fast.graph.input, flag], list(fast.graph.output)
-    graph = helper.make_graph([choice], "repose", inputs, outputs, [default, *shared.values()])
+    nodes, defaults = [], [numpy_helper.from_array(np.array(False), PLAIN)]
+    inputs = [*fast.graph.input, helper.make_tensor_value_info(PLAIN, TensorProto.BOOL, [])]
+    other = _branch(fast.graph, "fast", shared)
+    if given is not None:
+        bones = next(dim.dim_value for dim in given.graph.input[-1].type.tensor_type.shape.dim if dim.dim_value)
+        inputs.append(helper.make_tensor_value_info(SKINNING_WEIGHTS, TensorProto.FLOAT, ["W", bones]))
+        defaults.append(numpy_helper.from_array(np.zeros((0, bones), np.float32), SKINNING_WEIGHTS))
+        zero = numpy_helper.from_array(np.array(0), "nothing")
+        nodes += [
+            helper.make_node("Size", [SKINNING_WEIGHTS], ["given/size"]),
+            helper.make_node("Greater", ["given/size", zero.name], ["given"]),
+        ]
+        defaults.append(zero)
+        outputs = [value.name for value in fast.graph.output]
+        choice = _choice("given", _branch(given.graph, "given", shared), other, [f"either/{name}" for name in outputs])
+        other = helper.make_graph([choice], "unless plain", [], _open_outputs(fast.graph, choice.output))
+    nodes.append(_choice(PLAIN, _branch(plain.graph, "plain", shared), other, [o.name for o in fast.graph.output]))
+    graph = helper.make_graph(nodes, "repose", inputs, list(fast.graph.output), [*defaults, *shared.values()])
     model = helper.make_model(graph, opset_imports=list(fast.opset_import), ir_version=fast.ir_version)
     onnx.checker.check_model(model)
     return model
+
+
+def _choice(flag: str, then: onnx.GraphProto, other: onnx.GraphProto, outputs: list[str]) -> onnx.NodeProto:
+    """`then` where the flag is true, else `other`."""
+    return helper.make_node("If", [flag], outputs, name=f"if {flag}", then_branch=then, else_branch=other)
 
 
 def compact(model: onnx.ModelProto) -> None:
@@ -73,8 +93,12 @@ def _branch(graph: onnx.GraphProto, prefix: str, shared: dict[str, TensorProto])
         copied.input[:] = [names[name] for name in node.input]
         copied.output[:] = [names[name] for name in node.output]
         nodes.append(copied)
-    outputs = [
-        helper.make_tensor_value_info(names[output.name], output.type.tensor_type.elem_type, None)
-        for output in graph.output
+    return helper.make_graph(nodes, prefix, [], _open_outputs(graph, [names[o.name] for o in graph.output]), own)
+
+
+def _open_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+    """The graph's outputs by other names, of any shape."""
+    return [
+        helper.make_tensor_value_info(name, output.type.tensor_type.elem_type, None)
+        for name, output in zip(names, graph.output, strict=True)
     ]
-    return helper.make_graph(nodes, prefix, [], outputs, own)

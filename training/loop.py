@@ -79,6 +79,7 @@ def make_ins(network: Network, skeleton: Skeleton) -> INS:
         correctives=network.correctives,
         code_width=network.code_width,
         skinning=network.skinning,
+        skinning_at=network.skinning_at,
         grids=Grids(*canonical_box(skeleton), network.field_spacing_m, network.skinning_spacing_m),
     )
     ins.search = find_roots

@@ -226,7 +226,7 @@ class ForwardStage(_Base):
         settings, surface = self.settings, self._surface
         frames = _draw(len(self.frames), settings.frames, generator)
         chosen = _draw(len(surface.base), settings.points, generator).to(surface.base.device)
-        x_c = surface.vertices()[chosen].expand(len(frames), -1, -1)
+        x_c = surface.vertices()[chosen]
         bones = self.frames.bone_transforms[frames]
         flipped = (torch.rand(len(frames), generator=generator) < settings.mirrored_share).to(bones.device)
         bones = torch.where(flipped[:, None, None, None], mirrored(bones), bones)

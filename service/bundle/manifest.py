@@ -88,6 +88,9 @@ INPUTS = (
 PLAIN = "plain"
 """An input that a graph may have besides, a bool that is false unless fed: true runs the reference form of the network,
 false the fast one, whose distance from it the manifest's metric `fast_max_error_mm` states."""
+SKINNING_WEIGHTS = "skinning_weights"
+"""Another such input, (V, 24), empty unless fed: the weights of the vertices, in graphs whose weights do not depend on
+the pose.  Fed, they need not be read from the network again for every frame, which is most of the work."""
 OUTPUTS = (TensorRecord(name="vertices", shape=("F", "V", 3)),)
 
 

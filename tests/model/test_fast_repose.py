@@ -21,14 +21,15 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(51)
 
 
-@pytest.fixture(params=["field", "field, two grids", "linear", "coupling"])
+@pytest.fixture(params=["field", "field, two grids", "field, own weights", "linear", "coupling"])
 def ins(request, randomise, parents) -> INS:
     rng = torch.Generator().manual_seed(53)
     if request.param == "coupling":
         return randomise(INS(parents, pin_layers=6), rng, 0.03).eval()
     kind = "linear" if request.param == "linear" else "field"
     box = OTHER_BOX if "two" in request.param else BOX
-    made = INS(parents, correctives=kind, code_width=5, use_h_d=False, skinning="voxel", grids=box)
+    made = INS(parents, correctives=kind, code_width=5, use_h_d=False, skinning="voxel", grids=box,
+               skinning_at="canonical" if "own" in request.param else "moved")  # fmt: skip
     pin, skinning = made.h_c, made.skinning_field
     assert isinstance(pin, FieldPIN)
     assert isinstance(skinning, VoxelSkinningField)
@@ -102,6 +103,18 @@ def test_the_near_part_of_a_skinning_field_is_all_it_needs(ins, random_bones, rn
     torch.testing.assert_close(fast.double(), plain, rtol=0, atol=2e-5)
     first = ins.skinning_field._cells(pin.node_positions() - pin.spacing)[0].min()
     assert FastRepose(ins, near).weights.needed[0] == first  # the slot that all other nodes share
+
+
+@pytest.mark.parametrize("ins", ["field, own weights"], indirect=True)
+def test_weights_that_are_given_are_the_fields_own(ins, random_bones, rng) -> None:
+    vertices, bones, root = drawn(random_bones, rng, 3, 70)
+    with torch.no_grad():
+        weights = ins.skinning_field(vertices)
+        given = FastRepose(ins)(vertices, bones, root, weights)
+        # And they are what counts: other ones lead elsewhere.
+        other = FastRepose(ins)(vertices, bones, root, weights.flip(-1))
+    torch.testing.assert_close(given.double(), both(ins, vertices, bones, root)[1], rtol=0, atol=2e-5)
+    assert (other - given).norm(dim=-1).mean() > 0.05
 
 
 def test_a_flat_set_of_points_has_curves_too(randomise, parents, random_bones, rng) -> None:

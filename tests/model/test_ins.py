@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.ins import INS, OUTSIDE_LOGIT
+from model.ins import INS, OUTSIDE_LOGIT, CarriedWeights, Grids
 from model.skinning import linear_blend_skinning
 
 
@@ -60,6 +60,57 @@ def test_to_deformed_undoes_to_canonical(ins, random_bones, parents, rng, dtype,
     back = network.to_deformed(candidates.flatten(1, 2), bones).view(candidates.shape)
     expected = x_d[:, :, None].expand_as(back)
     torch.testing.assert_close(back[valid], expected[valid], rtol=0, atol=tolerance_m)
+
+
+@pytest.fixture
+def own_weights(randomise, parents) -> INS:
+    """An INS whose weights are read in the canonical frame, far from the identity."""
+    torch.manual_seed(31)
+    rng = torch.Generator().manual_seed(31)
+    low, high = torch.tensor([-1.5, -1.5, -1.5]), torch.tensor([1.5, 1.5, 1.5])
+    made = INS(parents, correctives="field", code_width=12, skinning="voxel", use_h_d=False,
+               grids=Grids(low, high, 0.12, 0.2), skinning_at="canonical")  # fmt: skip
+    made.h_c.cover(torch.rand(2000, 3, generator=rng) * 2 - 1, 0.1)
+    for part, scale in (("h_c", 0.05), ("skinning_field", 1.0)):
+        randomise(getattr(made, part), rng, scale)
+    made.pose_encoder.basis.copy_(torch.randn(made.pose_encoder.basis.shape, generator=rng) / 10)
+    return made.double()
+
+
+def test_weights_of_the_canonical_frame_are_the_points_own(own_weights, random_bones, rng) -> None:
+    """The same in every pose, so that reposing is linear in the bones' translations."""
+    x_c, bones = points(rng, 30), random_bones(rng, 2)
+    q_c, q_d, _ = own_weights.trace(x_c, bones)
+    assert (q_c - x_c).norm(dim=-1).mean() > 0.02
+    weights = own_weights.skinning_field(x_c).expand(2, -1, -1)
+    torch.testing.assert_close(q_d, linear_blend_skinning(q_c, weights, bones), rtol=0, atol=1e-12)
+    moved = bones.clone()
+    moved[:, 5, :3, 3] += 1.0
+    torch.testing.assert_close(own_weights.to_deformed(x_c, moved) - q_d, weights[..., 5:6].expand(-1, -1, 3))
+
+
+def test_points_with_weights_of_their_own_are_found_again(own_weights, random_bones, rng) -> None:
+    """The search goes through H_c: every candidate is carried to the query, and the point is mostly among them."""
+    x_c, bones = points(rng, 40), random_bones(rng, 2)
+    x_d = own_weights.to_deformed(x_c, bones).detach()
+    candidates, valid = own_weights.to_canonical(x_d, bones, max_steps=50, tolerance=1e-11)
+    back = own_weights.to_deformed(candidates.flatten(1, 2), bones).view(candidates.shape)
+    torch.testing.assert_close(back[valid], x_d[:, :, None].expand_as(back)[valid], rtol=0, atol=1e-9)
+    nearest = (candidates - x_c[:, None]).norm(dim=-1).masked_fill(~valid, 9.0).amin(-1)
+    assert (nearest < 1e-6).double().mean() > 0.6
+
+
+def test_carried_weights_know_their_derivatives(own_weights, random_bones, rng) -> None:
+    x_c, bones = points(rng, 50), random_bones(rng, 1)
+    code = own_weights.pose_encoder(bones)
+    carried = CarriedWeights(own_weights.skinning_field, own_weights.h_c, code)
+    q_c = own_weights.h_c.to_deformed(x_c[None], code).detach()
+    torch.testing.assert_close(carried(q_c), own_weights.skinning_field(x_c)[None], rtol=0, atol=1e-9)
+    rows, step = carried.with_derivatives(q_c), 1e-6
+    for axis, shift in enumerate(step * torch.eye(3, dtype=torch.float64)):
+        measured = (carried(q_c + shift) - carried(q_c - shift)) / (2 * step)
+        apart = (rows[..., axis + 1, :] - measured).abs().amax(-1)
+        assert (apart < 1e-4).double().mean() > 0.9  # the others lie on the border of a cell
 
 
 def test_one_set_of_points_serves_all_frames(ins, random_bones, rng) -> None:

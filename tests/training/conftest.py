@@ -48,7 +48,7 @@ def tiny_recipe() -> Recipe:
     return Recipe(
         stages=("weights", "vote", "forward", "occupancy", "bce", "occupancy"),
         field_spacing_m=0.02,
-        network=Network(code_width=3, field_spacing_m=0.08, skinning_spacing_m=0.06),
+        network=Network(code_width=3, field_spacing_m=0.08, skinning_spacing_m=0.06, skinning_at="moved"),
         weights=Weights(steps=100, points=1024),
         vote=Vote(spacing_m=0.02),
         forward=Forward(steps=12, frames=2, points=512),

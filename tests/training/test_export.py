@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import training.evaluate as evaluation
-from model.ins import INS
+from model.ins import INS, Grids
 from service.bundle.files import read_bundle
 from service.bundle.glb import Mesh
 from service.bundle.skeleton import axis_angle_to_matrix
+from service.engine import OnnxEngine
 from training import export
 from training.__main__ import main
 from training.checkpoint import encode_checkpoint, read_checkpoint
@@ -31,7 +32,9 @@ from training.metrics import intersection_over_union
 @pytest.fixture(scope="module")
 def run(tiny_subject: Subject, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(tiny_subject, folder, tiny_recipe.with_settings(["occupancy.steps=400"]))
+    stages = "stages=weights,vote,forward,occupancy"
+    settings = [stages, "network.skinning_at=canonical", "occupancy.steps=400"]
+    train(tiny_subject, folder, tiny_recipe.with_settings(settings))
     return folder
 
 
@@ -188,6 +191,46 @@ def test_the_graph_takes_any_number_of_vertices(bundle_folder: Path, count: int)
     )
     assert part.shape == (2, count, 3)
     np.testing.assert_allclose(part, whole[:, :count], atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def own_weights() -> tuple[INS, Mesh]:
+    """A network whose weights are read in the canonical frame, and points to repose with it."""
+    rng = torch.Generator().manual_seed(3)
+    low, high = torch.tensor([-1.0, -1.3, -0.5]), torch.tensor([1.0, 0.8, 0.5])
+    ins = INS(open_body().skeleton.parents, correctives="field", code_width=6, skinning="voxel", use_h_d=False,
+              grids=Grids(low, high, 0.1, 0.1), skinning_at="canonical").eval()  # fmt: skip
+    points = torch.rand(3000, 3, generator=rng) * (high - low) * 0.7 + low * 0.7
+    with torch.no_grad():
+        ins.h_c.cover(points, 0.1)
+        ins.h_c.coefficients.copy_(0.02 * torch.randn(ins.h_c.coefficients.shape, generator=rng))
+        ins.pose_encoder.basis.copy_(0.3 * torch.randn(ins.pose_encoder.basis.shape, generator=rng))
+        ins.skinning_field.grid.copy_(3 * torch.randn(ins.skinning_field.grid.shape, generator=rng))
+    return ins, Mesh(points.numpy(), np.array([[0, 1, 2]], np.int32))
+
+
+def test_a_graph_with_weights_of_its_own_tells_them_and_takes_them(own_weights: tuple[INS, Mesh]) -> None:
+    ins, mesh = own_weights
+    skeleton = open_body().skeleton
+    graph = export.repose_onnx(ins, mesh.vertices)
+    engine = OnnxEngine(graph, threads=2)
+    held = engine._hold(mesh.vertices)._arrays["skinning_weights"]
+    with torch.no_grad():
+        np.testing.assert_allclose(held, ins.skinning_field(torch.from_numpy(mesh.vertices)).numpy(), atol=2e-6)
+    poses = export.varied_poses(np.zeros((0, 24, 3)), 16)
+    for plain in (True, False):
+        assert 0 < export.errors_mm(ins, graph, {"standard": mesh}, skeleton, poses, plain) < 0.02
+    # Unfed, as anyone else may run it, the graph reads them itself.
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    feeds = {
+        "canonical_vertices": mesh.vertices,
+        "bone_transforms": skeleton.bone_transforms(poses[:3]),
+        "root_transforms": skeleton.root_transforms(poses[:3], np.zeros((3, 3))),
+    }
+    answer = engine.repose(*feeds.values())
+    np.testing.assert_allclose(np.asarray(session.run(None, feeds)[0]), answer, atol=1e-5)
+    other = session.run(None, feeds | {"skinning_weights": held[:, ::-1].copy()})[0]
+    assert np.abs(np.asarray(other) - answer).mean() > 0.02
 
 
 def test_evaluate_command_writes_figures_and_a_picture(run: Path) -> None:

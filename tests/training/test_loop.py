@@ -180,7 +180,9 @@ def test_learning_rates_warm_up_hold_and_fall() -> None:
     assert loop._schedule(2400, 10_000, "paper", paper) == loop._schedule(9999, 10_000, "paper", paper) == 1.0
 
 
-@pytest.mark.parametrize("text", ["stages=weights,vot", "stages=", "forward.points=-1", "forward.steps.x.y=1"])
+@pytest.mark.parametrize(
+    "text", ["stages=weights,vot", "stages=", "stages=bce", "forward.points=-1", "forward.steps.x.y=1"]
+)
 def test_settings_that_could_only_fail_later_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         Recipe().with_settings([text])
@@ -207,6 +209,12 @@ def test_settings_survive_json_and_are_applied() -> None:
     recipe = Recipe().with_settings(["forward.steps=7", "network.use_h_d=true", "stages=weights,vote"])
     assert (recipe.forward.steps, recipe.network.use_h_d, recipe.stages) == (7, True, ("weights", "vote"))
     assert Recipe.from_dict(recipe.as_dict()) == recipe
+
+
+def test_recipes_from_before_there_was_the_choice_read_weights_where_h_c_leads() -> None:
+    settings = Recipe().as_dict()
+    del settings["network"]["skinning_at"]
+    assert Recipe.from_dict(settings).network.skinning_at == "moved"
 
 
 def _progress(checkpoint: Path) -> tuple[int, int]:
