@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from service.bake_network import FLOAT32, Network, fit_network
 from service.bundle.glb import (
@@ -155,7 +156,8 @@ def _corrections(
     """(f, N, 3) of some frames: displacements of vertices before skinning that give the engine's surface after it."""
     points, weights = mesh.vertices[vertices], _dense_weights(mesh)[vertices]
     size = max(1, CORRECTED_AT_ONCE // len(points))
-    for start in range(0, len(rotations), size):
+    # A bar where somebody watches.
+    for start in tqdm(range(0, len(rotations), size), desc="poses", leave=False, disable=None):
         bones = skeleton.bone_transforms(rotations[start : start + size])
         at_rest = np.tile(np.eye(4, dtype=np.float32), (len(bones), 1, 1))
         surface = engine.repose(points, bones, at_rest)

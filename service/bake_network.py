@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 FLOAT32 = NDArray[np.float32]
 RIDGE = 10.0
@@ -100,7 +101,7 @@ def _descend(
     batches = max(1, len(inputs) // BATCH)
     steps, step = epochs * batches, 0
     first, second = ([np.zeros_like(value) for value in parameters] for _ in range(2))
-    for _ in range(epochs):
+    for _ in tqdm(range(epochs), desc="network", leave=False, disable=None):
         for rows in np.array_split(rng.permutation(len(inputs)), batches):
             step += 1
             unbiased = np.sqrt(1 - SECOND_DECAY**step) / (1 - FIRST_DECAY**step)

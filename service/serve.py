@@ -8,7 +8,6 @@ import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 import threading
 from types import FrameType
@@ -30,8 +29,6 @@ CLOSE_S = 1
 """For closing connections after draining; then they are cut off."""
 HARD_STOP_S = 5.0
 """For all the rest.  Only a thread that hangs lets it come to this."""
-NOTSENT_BYTES = 128 << 10
-"""What the kernel may hold of an answer: by default it swallows half a second of frames that get stale there."""
 
 
 def serve(settings: Settings, host: str, port: int) -> int:
@@ -60,8 +57,6 @@ def serve(settings: Settings, host: str, port: int) -> int:
         log_config=None,
     )
     listening = config.bind_socket()
-    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES)
     server = _Server(config, app, settings.drain_grace_s)
     server.run(sockets=[listening])
     return server.exit_status
