@@ -57,7 +57,7 @@ class Batch:
     """How long these frames waited for the engine."""
 
 
-AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 20}
+AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 20}
 """Vertices of all frames together in one run: on a CPU what its caches hold, on CUDA what fits beside others."""
 WORTH_A_THREAD = 1 << 13
 """Vertices of a single frame for each thread that has a part in it: what is done once a frame, each does again."""
