@@ -31,12 +31,15 @@ from service.bundle.manifest import DEFAULT_LOD
 from service.bundle.skeleton import axis_angle_to_matrix
 from service.client import Client
 from service.engine import OnnxEngine, repose_in_batches
+from service.frames import frame_bytes
 from service.load import Motion
 from service.poses import PoseSequence
 
 START_S = 120.0
 STOP_S = 30.0
 LIVE_FPS = 30.0
+PUT_AWAY_S = 0.2
+"""Between an answer and its repetition: it is put into the cache behind its last byte."""
 _ONCE = httpx.Limits(max_keepalive_connections=0)
 HTTP = httpx.Client(trust_env=False, verify=False, timeout=10, limits=_ONCE)
 """Made once: that takes longer than its requests."""
@@ -91,7 +94,7 @@ def service_rows(bundle_path: Path, motion_path: Path, sizes: Sizes) -> list[Row
         server = stack.enter_context(serving(bundle_path.resolve().parent, folder, redis_url))
         return [
             *rest_rows(server, engine, motion, sizes),
-            *cache_rows(server, bundle.manifest.id, motion, sizes, folder),
+            *cache_rows(server, bundle, motion, sizes),
             *stream_rows(server, engine, motion, sizes),
             *fairness_rows(server, bundle.manifest.id, motion, sizes),
             # Last, when the caches are full: what the server weighs then is not to grow.
@@ -128,46 +131,59 @@ class BareEngine:
 
 
 def rest_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes) -> list[Row]:
-    """A sequence over HTTP, and the same in the engine, in turns; the first turn is not counted."""
-    avatar = engine.bundle.manifest.id
-    http, http_first, bare, bare_batch, batches = [], [], [], [], []
-    with Client(server.url, retries=0) as client:
+    """A sequence over HTTP, received and received and decoded, and the same in the engine, in turns; the first turn is
+    not counted."""
+    avatar, frame = engine.bundle.manifest.id, _frame_bytes(engine.bundle)
+    http, http_first, decoded, bare, bare_batch, batches = [], [], [], [], [], []
+    with _plain_client(server) as plain, Client(server.url, retries=0) as client:
         for _ in range(sizes.repeats + 1):
             sequence = motion.of_length(sizes.sequence_frames)
             before = _bulk_batches(server)
-            first, whole = load.sequence_seconds(client, avatar, sequence)
+            first, whole = load.received_seconds(plain, avatar, sequence, frame)
             frames, count = np.subtract(_bulk_batches(server), before)
             largest = math.ceil(frames / count)
             seconds = engine.seconds(sequence, DEFAULT_LOD, largest)
             http.append(whole)
             http_first.append(first)
+            decoded.append(load.decoded_seconds(client, avatar, motion.of_length(sizes.sequence_frames)))
             bare.append(sum(seconds))
             bare_batch.append(max(seconds[-2], seconds[-1]))
             batches.append(largest)
-    figures = [median(values[1:]) for values in (http, http_first, bare, bare_batch, batches)]
-    whole, first, engine_whole, engine_batch, largest = figures
+    figures = [median(values[1:]) for values in (http, http_first, decoded, bare, bare_batch, batches)]
+    whole, first, seen, engine_whole, engine_batch, largest = figures
     return [
         row("rest_s", whole, "s"),
+        row("rest_decoded_s", seen, "s"),
         row("rest_engine_s", engine_whole, "s"),
         row("rest_frames_a_batch", largest, "frames"),
         row("rest_over_engine", whole / engine_whole, "ratio", 1.25, at_least=False),
+        row("rest_decoded_over_engine", seen / engine_whole, "ratio"),
         row("rest_first_frame_ms", 1000 * first, "ms"),
         row("rest_first_frame_over_engine_batch", first / engine_batch, "ratio", 2.0, at_least=False),
     ]
 
 
-def cache_rows(server: Server, avatar: str, motion: Motion, sizes: Sizes, folder: Path) -> list[Row]:
+def cache_rows(server: Server, bundle: Bundle, motion: Motion, sizes: Sizes) -> list[Row]:
     """A sequence once and once more; the first turn is not counted."""
-    path, computed, repeated = folder / "answer.q16.frames", [], []
-    with Client(server.url, retries=0) as client:
+    computed, repeated = [], []
+    with _plain_client(server) as client:
         for _ in range(sizes.repeats + 1):
-            sequence = motion.of_length(sizes.sequence_frames)
-            computed.append(load.download_seconds(client, avatar, sequence, path))
-            repeated.append(load.download_seconds(client, avatar, sequence, path))
+            order = client, bundle.manifest.id, motion.of_length(sizes.sequence_frames), _frame_bytes(bundle)
+            computed.append(load.received_seconds(*order)[1])
+            time.sleep(PUT_AWAY_S)
+            repeated.append(load.received_seconds(*order)[1])
     return [
         row("cache_repeat_ms", 1000 * median(repeated[1:]), "ms"),
         row("cache_speedup", median(computed[1:]) / median(repeated[1:]), "ratio", 20.0),
     ]
+
+
+def _plain_client(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=server.url, trust_env=False, timeout=60)
+
+
+def _frame_bytes(bundle: Bundle) -> int:
+    return frame_bytes(len(bundle.meshes[DEFAULT_LOD].vertices), "q16")
 
 
 def stream_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes) -> list[Row]:

@@ -102,7 +102,7 @@ class FrameEncoder:
             dropped: say that frames before this one were left out.
         """
         centre = np.asarray(root, np.float32)
-        offsets = vertices - centre
+        offsets = _minus(vertices, centre)
         peak = max(float(offsets.max()), -float(offsets.min()))
         if self.codec == "f32":
             key, half_extent = True, peak
@@ -285,6 +285,17 @@ class StreamReader:
 
 def _padded(size: int) -> int:
     return size + -size % 4
+
+
+def _minus(vertices: NDArray[np.float32], centre: NDArray[np.float32]) -> NDArray[np.float32]:
+    """vertices - centre, in long rows: NumPy takes ten times as long over rows of three."""
+    flat = np.ascontiguousarray(vertices, np.float32).reshape(-1)
+    moved = np.empty_like(flat)
+    row = np.tile(centre, 128)
+    whole = len(flat) // len(row) * len(row)
+    np.subtract(flat[:whole].reshape(-1, len(row)), row, out=moved[:whole].reshape(-1, len(row)))
+    np.subtract(flat[whole:], row[: len(flat) - whole], out=moved[whole:])
+    return moved.reshape(-1, 3)
 
 
 def _quantise(offsets: NDArray[np.float32], half_extent: float) -> NDArray[np.uint16]:

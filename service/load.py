@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -68,22 +69,27 @@ class Received:
     """From the sending of its pose."""
 
 
-def sequence_seconds(client: Client, avatar: str, motion: Motion) -> tuple[float, float]:
-    """Seconds to the first and to the last frame of a sequence, decoded."""
-    began = time.perf_counter()
-    frames = client.repose(avatar, motion.poses, motion.translation, codec="q16")
-    next(frames)
-    first = time.perf_counter() - began
-    count = 1 + sum(1 for _ in frames)
-    if count != len(motion.poses):
-        raise RuntimeError(f"expected {len(motion.poses)} frames, got {count}")
+def received_seconds(http: httpx.Client, avatar: str, motion: Motion, frame_bytes: int) -> tuple[float, float]:
+    """Seconds until the first and until the last frame of a sequence have come, as q16."""
+    call = repose_call(avatar, motion.poses, motion.translation, frames_type("q16"), {})
+    began, first, size = time.perf_counter(), 0.0, 0
+    with http.stream("POST", call.path, params=call.query, headers=call.headers, content=call.body) as answer:
+        answer.raise_for_status()
+        for chunk in answer.iter_raw():
+            size += len(chunk)
+            if not first and size >= frame_bytes:
+                first = time.perf_counter() - began
+    if size != frame_bytes * len(motion.poses):
+        raise RuntimeError(f"expected {len(motion.poses)} frames of {frame_bytes} bytes, got {size}")
     return first, time.perf_counter() - began
 
 
-def download_seconds(client: Client, avatar: str, motion: Motion, path: Path) -> float:
-    """Seconds until a whole answer is on the disk."""
+def decoded_seconds(client: Client, avatar: str, motion: Motion) -> float:
+    """Seconds until the last frame of a sequence is decoded, as users of the client wait for it."""
     began = time.perf_counter()
-    client.export(avatar, motion.poses, path, motion.translation)
+    count = sum(1 for _ in client.repose(avatar, motion.poses, motion.translation, codec="q16"))
+    if count != len(motion.poses):
+        raise RuntimeError(f"expected {len(motion.poses)} frames, got {count}")
     return time.perf_counter() - began
 
 

@@ -33,6 +33,7 @@ from service.settings import Settings
 JSON_TYPES = ("application/json",)
 NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
 MAX_TIMEOUT_S = 24 * 3600
+SLICE_BYTES = 1 << 20
 SHORT = 500
 """Frames whose key takes a millisecond; to ask a thread for it takes longer on a busy machine."""
 
@@ -68,8 +69,8 @@ class Reposing:
             times.add("cache", time.perf_counter() - began)
             self._metrics.cache.labels("miss" if cached is None else "hit").inc()
             if cached is not None:
-                headers |= {"X-Cache": "hit", "Server-Timing": times.header()}
-                return Response(cached, media_type=order.media_type, headers=headers)
+                headers |= {"X-Cache": "hit", "Server-Timing": times.header(), "Content-Length": str(len(cached))}
+                return StreamingResponse(_slices(cached), media_type=order.media_type, headers=headers)
             headers["X-Cache"] = "miss"
             size = answers.exact_bytes(order.media_type, order.clip)
             if deadline is None and size is not None and size <= self.cache.max_entry_bytes:
@@ -178,6 +179,13 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
             await super().__call__(scope, receive, send)
+
+
+async def _slices(answer: bytes) -> AsyncIterator[memoryview]:
+    """A long answer in parts: on its way out each is copied twice, which in one piece would be tens of megabytes."""
+    view = memoryview(answer)
+    for start in range(0, len(view), SLICE_BYTES):
+        yield view[start : start + SLICE_BYTES]
 
 
 async def _not_empty(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -264,6 +264,7 @@ RECIPES = {
     "staged": Recipe(),
     "capture": Recipe(
         name="capture",
+        stages=("weights", "vote", "forward"),
         network=Network(field_spacing_m=0.03, skinning_spacing_m=0.03),
         forward=Forward(steps=1500, ridge=9.0, locality_m=0.3, mirrored_share=0.25, coverage=0.0),
     ),
@@ -280,7 +281,8 @@ RECIPES = {
     ),
 }
 """`staged` is ours, and `capture` the same for real captures: finer grids, a stiffer ridge, and no pull on noisy scans'
-points, which scored better on capture `crane` and worse on the open subject.  `coupling` trains the paper's two PINs in
+points, which scored better on capture `crane` and worse on the open subject; and no occupancy network, which meshes do
+not use.  `coupling` trains the paper's two PINs in
 the same stages; `paper` does as the paper."""
 
 
