@@ -29,10 +29,18 @@ BUNDLE, MOTION = ROOT / "avatars" / "open", ROOT / "assets" / "demo-motion.npz"
 BATCHES = (1, 2, 4, 8)
 REPEATS, SPREAD_REPEATS, FRAMES = 25, 300, 40
 ALONE_S, LOADED_S = 10.0, 20.0
+Delays = list[tuple[float, float]]
+"""Of each frame, seconds from the sending of its pose to its coming, and of those until it was computed."""
+POSES_A_S = 100.0
+"""Of a stream that is sent poses and hardly any frames."""
 
 
-def costs(fps: float, codecs: Iterable[str]) -> dict[str, Any]:
-    """Everything that the model needs; seconds and bytes."""
+def costs(fps: float, codecs: Iterable[str], together: int) -> dict[str, Any]:
+    """Everything that the model needs; seconds and bytes.
+
+    Args:
+        together: streams; what depends on their number is measured with one and with so many.
+    """
     bundle = read_bundle(BUNDLE)
     engine = OnnxEngine(bundle.repose_onnx, threads=1, cpu_only=True)
     bones, roots = motion_transforms(bundle, MOTION)
@@ -52,7 +60,7 @@ def costs(fps: float, codecs: Iterable[str]) -> dict[str, Any]:
     preview = bundle.meshes["preview"].vertices
     single = np.array(seconds_of(lambda: engine.repose(preview, bones[:1], roots[:1]), SPREAD_REPEATS))
     found["spread"] = (np.percentile(single, range(1, 100, 2)) / typical(single)).round(3).tolist()
-    return found | service_costs(fps, found)
+    return found | service_costs(fps, found, together)
 
 
 def seconds_of(action: Callable[[], Any], times: int) -> list[float]:
@@ -80,18 +88,25 @@ def encoded(codec: Any, frames: Any, pelvis: Any) -> tuple[float, int]:
     return typical(spent[1:]), round(float(np.mean(sizes[1:])))
 
 
-def service_costs(fps: float, found: dict[str, Any]) -> dict[str, float]:
-    """What event loop and client spend on a pose and on a frame of one stream, and what the ways between them take."""
+def service_costs(fps: float, found: dict[str, Any], together: int) -> dict[str, Any]:
+    """What event loop and client spend on a pose and on a frame, and what the ways between them take."""
     with serving() as (url, process):
-        asyncio.run(one_stream(url, fps, 2.0))
-        before = spent_s(process)
-        asyncio.run(one_stream(url, 100.0, ALONE_S, max_fps=1.0))
-        pose_s, client_pose_s = (spent_s(process) - before) / (100.0 * ALONE_S)
-        before = spent_s(process)
-        delays = asyncio.run(one_stream(url, fps, ALONE_S))
-        of_poses = fps * ALONE_S * np.array([pose_s, client_pose_s])
-        service_s, client_s = (spent_s(process) - before - of_poses) / len(delays)
+        asyncio.run(streams_of(url, 1, fps, 2.0))
+        both = [stream_costs(url, process, fps, found, streams) for streams in (1, together)]
         avatar_bytes = metric(url, "avatar_bytes") / metric(url, "avatars_loaded")
+    by_streams = {name: [costs[name] for costs in both] for name in both[0]}
+    return {"by_streams": by_streams, "avatar_bytes": avatar_bytes}
+
+
+def stream_costs(url: str, process: int, fps: float, found: dict[str, Any], streams: int) -> dict[str, float]:
+    """Of each of so many streams of one avatar."""
+    before = spent_s(process)
+    asyncio.run(streams_of(url, streams, POSES_A_S, ALONE_S, max_fps=1.0))
+    pose_s, client_pose_s = (spent_s(process) - before) / (streams * POSES_A_S * ALONE_S)
+    before = spent_s(process)
+    delays = asyncio.run(streams_of(url, streams, fps, ALONE_S))
+    of_poses = streams * fps * ALONE_S * np.array([pose_s, client_pose_s])
+    service_s, client_s = (spent_s(process) - before - of_poses) / len(delays)
     engine_s, encode_s = sum(found["engine_s"]["preview"]), found["encode_s"]["preview"]["q16"]
     frame_s, client_frame_s = max(0.0, service_s - engine_s - encode_s), max(0.0, client_s)
     # Ways are waited for, not worked on: those of the frames that nobody held up.
@@ -100,11 +115,19 @@ def service_costs(fps: float, found: dict[str, Any]) -> dict[str, float]:
     return {
         "pose_s": pose_s, "frame_s": frame_s, "client_pose_s": client_pose_s, "client_frame_s": client_frame_s,
         "handoff_s": max(0.0, computed_s - engine_s), "wire_s": max(0.0, whole_s - computed_s - known_s),
-        "avatar_bytes": avatar_bytes,
     }  # fmt: skip
 
 
-async def one_stream(url: str, per_s: float, seconds: float, **options: Any) -> list[tuple[float, float]]:
+async def streams_of(url: str, streams: int, per_s: float, seconds: float, **options: Any) -> Delays:
+    """What `one_stream` tells, of so many that begin one after the other."""
+    starts = [n / (streams * per_s) for n in range(streams)]
+    told = await asyncio.gather(*(one_stream(url, per_s, seconds, start, **options) for start in starts))
+    return [delay for stream in told for delay in stream]
+
+
+async def one_stream(
+    url: str, per_s: float, seconds: float, start_s: float, **options: Any
+) -> list[tuple[float, float]]:
     """Send poses; of each frame the delay since its pose was sent, and the time until it was computed."""
     delays = []
 
@@ -115,6 +138,7 @@ async def one_stream(url: str, per_s: float, seconds: float, **options: Any) -> 
     motion = Motion.read(MOTION)
     async with AsyncClient(url) as client, client.stream("open", "live", lod="preview", **options) as stream:
         receiving = asyncio.create_task(receive())
+        await asyncio.sleep(start_s)
         began = time.monotonic()
         for n in range(int(per_s * seconds)):
             await asyncio.sleep(began + n / per_s - time.monotonic())

@@ -16,8 +16,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COSTS: dict[str, Any] = {
     "vertices": {"preview": 5000}, "engine_s": {"preview": [0.002, 0.006]}, "encode_s": {"preview": {"q16": 0.0003}},
-    "spread": [1.0], "pose_s": 0.0003, "frame_s": 0.0005, "client_pose_s": 0.0002, "client_frame_s": 0.0004,
-    "handoff_s": 0.0, "wire_s": 0.001,
+    "spread": [1.0],
+    "by_streams": {
+        "pose_s": [0.0003, 0.0003], "frame_s": [0.0005, 0.0005], "client_pose_s": [0.0002, 0.0002],
+        "client_frame_s": [0.0004, 0.0004], "handoff_s": [0.0, 0.0], "wire_s": [0.001, 0.001],
+    },
 }  # fmt: skip
 
 
@@ -55,9 +58,23 @@ def test_frames_of_one_avatar_share_what_a_batch_costs(scale: ModuleType) -> Non
 
 
 def test_a_slow_event_loop_is_the_limit_instead(scale: ModuleType) -> None:
-    found = scale.simulate(COSTS | {"frame_s": 0.02}, 12)
+    found = scale.simulate(_with(frame_s=[0.02, 0.02]), 12)
     assert found["loop"] > 0.99
     assert found["frames_per_s"] < 1 / 0.02
+
+
+def test_costs_lie_between_those_of_one_stream_and_of_many(scale: ModuleType) -> None:
+    costs = _with(frame_s=[0.008, 0.001])
+    alone, two, many, more = (scale.among(costs, streams)["frame_s"] for streams in (1, 2, scale.TOGETHER, 16))
+    assert alone == pytest.approx(0.008)
+    assert many == pytest.approx(0.001)
+    assert two == pytest.approx(0.001 + 0.007 * (1 / 2 - 1 / 8) / (1 - 1 / 8))
+    assert 0 < more < many
+    assert scale.simulate(costs, 1, client=True)["mean_ms"] == pytest.approx(0.2 + 1.0 + 0.3 + 8.0 + 8.0 + 0.3 + 0.4)
+
+
+def _with(**by_streams: list[float]) -> dict[str, Any]:
+    return COSTS | {"by_streams": COSTS["by_streams"] | by_streams}
 
 
 def test_on_one_core_threads_slow_each_other(scale: ModuleType) -> None:
