@@ -39,7 +39,10 @@ class Engine(Protocol):
         bone_transforms: NDArray[np.float32],
         root_transforms: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """(V, 3), (F, 24, 4, 4), (F, 4, 4) -> (F, V, 3), metres."""
+        """(V, 3), (F, 24, 4, 4), (F, 4, 4) -> (F, V, 3), metres.
+
+        Engines keep what they derive from an array of canonical vertices: nobody may write to it afterwards.
+        """
         ...
 
 
@@ -63,7 +66,7 @@ WORTH_A_THREAD = 1 << 13
 """Vertices of a single frame for each thread that has a part in it: what is done once a frame, each does again."""
 COMPUTING_NICE = 10
 HELD_MESHES = 8
-"""Canonical meshes kept on the device."""
+"""Canonical meshes that are kept, with what belongs to them, where the graph runs."""
 
 
 class OnnxEngine:
