@@ -140,20 +140,6 @@ class VoxelSkinningField(nn.Module):
         values = torch.cat([logits(part) for part in nodes.split(2**16)])
         self.grid.copy_(torch.log_softmax(values, -1).clamp(min=floor).view(self.grid.shape))
 
-    def smoothness(self, count: int, generator: torch.Generator) -> Float[Tensor, ""]:
-        """Mean squared second difference of the logits at `count` random nodes, the three axes summed.
-
-        Nodes that no training point comes near are held by nothing else.  On all nodes it would cost more than a step.
-        """
-        _, y, z = self.grid.shape[:3]
-        i, j, k = (torch.randint(1, int(n), (count,), generator=generator) for n in self.last)
-        steps = torch.tensor([y * z, z, 1])
-        places = ((i * y + j) * z + k)[:, None] + torch.cat([-steps, torch.zeros(1, dtype=torch.long), steps])
-        # One gather: every further one would have a gradient of the whole grid's size.
-        rows = functional.embedding(places.to(self.grid.device), self.grid.flatten(0, 2))  # (count, 7, J)
-        before, middle, after = rows.split((3, 1, 3), 1)
-        return (before - 2 * middle + after).square().mean((0, 2)).sum()
-
     def _cells(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cells of points (N, 3), outer ones drawn to the border.
 

@@ -118,17 +118,6 @@ def test_voxels_go_on_beyond_their_box_as_at_its_border(network, rng) -> None:
     assert field(torch.full((1, 3), torch.nan, dtype=torch.float64)).isnan().all()
 
 
-def test_smoothness_is_the_squared_bend_of_the_logits(rng) -> None:
-    field = VoxelSkinningField(24, LOW, HIGH, 0.1).double()
-    axes = [torch.arange(n, dtype=torch.float64) for n in field.grid.shape[:3]]
-    x, y, z = torch.meshgrid(*axes, indexing="ij")
-    for bend, values in ((0.0, 3 * x - y + 0.5 * z + x * y * z), (25.0, x**2 + 0.5 * y**2 - z**2 * 2)):
-        field.grid.data.copy_(values[..., None].expand(field.grid.shape))
-        bent = field.smoothness(50, rng)
-        expected = 4.0 + 1.0 + 16.0 if bend else 0.0
-        torch.testing.assert_close(bent, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
 def test_voxels_export_without_a_loop(network, rng) -> None:
     """ONNX Runtime agrees with torch, and gathers: a loop over the points would take 200 times as long."""
     field = voxels(network.logits, 0.2).float()
