@@ -144,9 +144,9 @@ class Network {
   }
 }
 
-/** What each shape adds to the first number of the surface, then to the second, and so on; in fours. */
+/** What each shape adds to the first number of the surface, then to the second, and so on; in eights. */
 function sideBySide(shapes: Int8Array[]): Int8Array {
-  const width = 4 * Math.ceil(shapes.length / 4);
+  const width = 8 * Math.ceil(shapes.length / 8);
   const numbers = (3 * shapes[0].length) / 4; // the fourth of each vertex is nothing
   const all = new Int8Array(width * numbers);
   shapes.forEach((shape, k) => {
@@ -155,25 +155,20 @@ function sideBySide(shapes: Int8Array[]): Int8Array {
   return all;
 }
 
-/**
- * out += sum_k weights[k] shapes[k], with shapes side by side, in 127ths.
- *
- * Weights are rounded to 32767ths of the largest, some micrometres: the sums are then those of whole numbers, below
- * 2^31 for up to 500 shapes, which JavaScript engines add in a third of the time.
- */
+/** out += sum_k weights[k] shapes[k], with shapes side by side, in 127ths. */
 function addShapes(shapes: Int8Array, weights: Float64Array, out: Float32Array): void {
-  const factors = new Int32Array(shapes.length / out.length);
-  const largest = weights.reduce((most, weight) => Math.max(most, Math.abs(weight)), 1e-12);
-  weights.forEach((weight, k) => (factors[k] = Math.round((32767 / largest) * weight)));
-  const unit = largest / 32767 / 127;
+  const factors = new Float64Array(shapes.length / out.length);
+  weights.forEach((weight, k) => (factors[k] = weight / 127));
   for (let n = 0, at = 0; n < out.length; n++) {
     let sum = 0;
     let other = 0; // two sums, so that neither waits for the other
-    for (let k = 0; k < factors.length; k += 4, at += 4) {
-      sum = (sum + Math.imul(factors[k], shapes[at]) + Math.imul(factors[k + 1], shapes[at + 1])) | 0;
-      other = (other + Math.imul(factors[k + 2], shapes[at + 2]) + Math.imul(factors[k + 3], shapes[at + 3])) | 0;
+    for (let k = 0; k < factors.length; k += 8, at += 8) {
+      sum += factors[k] * shapes[at] + factors[k + 1] * shapes[at + 1];
+      other += factors[k + 2] * shapes[at + 2] + factors[k + 3] * shapes[at + 3];
+      sum += factors[k + 4] * shapes[at + 4] + factors[k + 5] * shapes[at + 5];
+      other += factors[k + 6] * shapes[at + 6] + factors[k + 7] * shapes[at + 7];
     }
-    out[n] += unit * (sum + other);
+    out[n] += sum + other;
   }
 }
 
