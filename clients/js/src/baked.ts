@@ -2,6 +2,7 @@
  * A baked avatar (`reposer bake`): the clothed surface without a service, from one file.
  * Its network weighs corrective shapes by the pose; then the surface is skinned.  `docs/formats.md` has the formula.
  */
+import { Shapes } from "./shapes.js";
 import { Skeleton, linearBlendSkinning } from "./skeleton.js";
 import { rotationAbout } from "./transforms.js";
 
@@ -22,13 +23,13 @@ export class BakedAvatar {
   readonly skeleton: Skeleton;
   readonly #joints: Uint8Array;
   readonly #weights: Float32Array;
-  readonly #shapes: Int8Array;
+  readonly #shapes: Shapes;
   readonly #network: Network;
   readonly #corrected: Float32Array;
 
   /**
    * @param glb what `reposer bake` wrote; all but its shapes is viewed, not copied.
-   * @throws Error where it is not such a file.
+   * @throws Error where it is not such a file, or WebAssembly with SIMD is missing: see `Shapes`.
    */
   constructor(glb: ArrayBuffer) {
     const head = new DataView(glb);
@@ -43,7 +44,7 @@ export class BakedAvatar {
     this.index = array(indices) as Uint16Array | Uint32Array;
     this.#joints = array(attributes.JOINTS_0) as Uint8Array;
     this.#weights = array(attributes.WEIGHTS_0) as Float32Array;
-    this.#shapes = sideBySide(targets.map((target: { POSITION: number }) => array(target.POSITION)));
+    this.#shapes = new Shapes(targets.map((target: { POSITION: number }) => array(target.POSITION) as Int8Array));
     this.#network = new Network(mesh.extras.network, (part) => array(part.accessor) as Float32Array);
     this.#corrected = new Float32Array(this.canonical.length);
     this.skeleton = new Skeleton(skeletonOf(document));
@@ -66,7 +67,7 @@ export class BakedAvatar {
   ): Float32Array {
     const corrected = this.#corrected;
     corrected.set(this.canonical);
-    addShapes(this.#shapes, this.#network.weights(pose), corrected);
+    this.#shapes.addTo(corrected, this.#network.weights(pose));
     const bones = this.skeleton.boneTransforms(pose, translation);
     return linearBlendSkinning(corrected, bones, this.#joints, this.#weights, out);
   }
@@ -141,34 +142,6 @@ class Network {
       }
     }
     return features;
-  }
-}
-
-/** What each shape adds to the first number of the surface, then to the second, and so on; in eights. */
-function sideBySide(shapes: Int8Array[]): Int8Array {
-  const width = 8 * Math.ceil(shapes.length / 8);
-  const numbers = (3 * shapes[0].length) / 4; // the fourth of each vertex is nothing
-  const all = new Int8Array(width * numbers);
-  shapes.forEach((shape, k) => {
-    for (let n = 0; n < numbers; n++) all[n * width + k] = shape[n + Math.floor(n / 3)];
-  });
-  return all;
-}
-
-/** out += sum_k weights[k] shapes[k], with shapes side by side, in 127ths. */
-function addShapes(shapes: Int8Array, weights: Float64Array, out: Float32Array): void {
-  const factors = new Float64Array(shapes.length / out.length);
-  weights.forEach((weight, k) => (factors[k] = weight / 127));
-  for (let n = 0, at = 0; n < out.length; n++) {
-    let sum = 0;
-    let other = 0; // two sums, so that neither waits for the other
-    for (let k = 0; k < factors.length; k += 8, at += 8) {
-      sum += factors[k] * shapes[at] + factors[k + 1] * shapes[at + 1];
-      other += factors[k + 2] * shapes[at + 2] + factors[k + 3] * shapes[at + 3];
-      sum += factors[k + 4] * shapes[at + 4] + factors[k + 5] * shapes[at + 5];
-      other += factors[k + 6] * shapes[at + 6] + factors[k + 7] * shapes[at + 7];
-    }
-    out[n] += sum + other;
   }
 }
 
