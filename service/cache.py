@@ -32,7 +32,8 @@ def answer_key(bundle_digest: str, lod: str, media_type: str, poses: PoseSequenc
     """Equal keys have equal answers: the poses count as they were understood, not as they were written."""
     digest = hashlib.sha256(f"{lod} {media_type} {poses.fps!r} {len(poses)} ".encode())
     for array in (poses.rotations, poses.translation):
-        digest.update(np.round(array.astype(np.float64) / POSE_STEP).astype("<i8").tobytes())
+        steps = np.divide(array, POSE_STEP, dtype=np.float64)
+        digest.update(np.rint(steps, out=steps).astype("<i8").tobytes())
     kind = media_type.replace(":", "_")
     return f"av:{SCHEMA}:{bundle_digest}:{kind}:{digest.hexdigest()}"
 
@@ -49,12 +50,17 @@ class AnswerCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    async def get(self, key: str) -> bytes | None:
-        """The answer of `key`, now the most recently used one."""
+    def at_hand(self, key: str) -> bytes | None:
+        """The answer of `key`, now the most recently used one, if this process has it."""
         answer = self._entries.get(key)
         if answer is not None:
             self._entries.move_to_end(key)
-        elif self._shared is not None:
+        return answer
+
+    async def get(self, key: str) -> bytes | None:
+        """The answer of `key`, from wherever it is."""
+        answer = self.at_hand(key)
+        if answer is None and self._shared is not None:
             answer = await self._shared.get(key)
             if answer is not None:
                 self._keep(key, answer)

@@ -113,9 +113,9 @@ class OnnxEngine:
         optional = [tensor.name for tensor in self._session.get_overridable_initializers()]
         self._plain = plain and PLAIN in optional
         self._feeds_weights = not plain and SKINNING_WEIGHTS in optional
-        parallel = self.device == "cpu" and not plain and threads > 1
-        self._pool = ThreadPoolExecutor(threads, "repose", initializer=give_way) if parallel else None
-        self._threads = threads if parallel else 1
+        own_threads = self.device == "cpu" and not plain
+        self._pool = ThreadPoolExecutor(threads, "repose", initializer=give_way) if own_threads else None
+        self._threads = threads if own_threads else 1
         self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
         if self.device == "cpu" and len(wanted) > 1:
@@ -144,7 +144,9 @@ class OnnxEngine:
             frames, points = part
             self._run(held.part(points), bone_transforms[frames], root_transforms[frames], vertices[frames, points])
 
-        for _ in map(run, parts) if self._pool is None or len(parts) == 1 else self._pool.map(run, parts):
+        # A single frame is somebody's who waits for it, and worth neither a thread nor giving way.
+        alone = len(vertices) == 1 and len(parts) == 1
+        for _ in map(run, parts) if self._pool is None or alone else self._pool.map(run, parts):
             pass
         return vertices
 

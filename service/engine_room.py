@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.avatars import Avatar, AvatarStore, still_pose
-from service.engine import Batch, give_way
+from service.engine import Batch, Engine
 from service.errors import (
     AvatarServiceError,
     AvatarUnavailable,
@@ -64,12 +64,16 @@ class EngineRoom:
 
     def __init__(self, settings: Settings, store: AvatarStore, metrics: Metrics) -> None:
         self._settings, self._store, self._metrics = settings, store, metrics
-        self._queue = WorkQueue(settings.batch_vertex_frames, settings.batch_ms / 1000)
-        self._pool = ThreadPoolExecutor(settings.parallel_inferences, "engine", initializer=give_way)
+        self._queue = WorkQueue(
+            settings.batch_vertex_frames, settings.batch_ms / 1000, places=settings.parallel_inferences
+        )
+        self._pool = ThreadPoolExecutor(settings.parallel_inferences, "engine")
         self._sequences = Sequences(self._queue, settings.queue_ms / 1000, metrics)
         self._wake = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._rebuilt_s = -math.inf
+        self._healing = asyncio.Lock()
+        """What is in flight at a time fails together: one of them looks after the engine."""
         self.gave_up = asyncio.Event()
         """The engine fails, and did not come back: nothing can be computed any more."""
 
@@ -230,9 +234,9 @@ class EngineRoom:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            began, measured_s = time.monotonic(), None
+            went_well = False
             try:
-                measured_s = await self._compute(batch, began)
+                went_well = await self._compute(batch)
             except asyncio.CancelledError:
                 _refuse(batch, Draining("the service is shutting down"))
                 raise
@@ -240,33 +244,34 @@ class EngineRoom:
                 log.exception("a batch of %s was lost", batch[0].avatar.id)
                 _refuse(batch, EngineFailed(f"the batch was lost: {error}"))
             finally:
-                self._queue.finished(batch, measured_s)
+                self._queue.finished(batch, went_well=went_well)
 
-    async def _compute(self, batch: list[Work], began: float) -> float | None:
-        """Answer every piece of a batch, one way or another; how long it took, if all went well."""
-        wanted = []
+    async def _compute(self, batch: list[Work]) -> bool:
+        """Answer every piece of a batch, one way or another; whether the engine computed it in one go."""
+        wanted, began = [], time.monotonic()
         for work in batch:
             if work.deadline is not None and work.deadline <= began:
                 _refuse([work], DeadlinePassed("not computed within the time given"))
             elif not work.future.done():
                 wanted.append(work)
         if not wanted:
-            return None
-        measured_s = None
+            return False
+        avatar, went_well = wanted[0].avatar, False
+        engine, most_frames = avatar.engine, self._queue.pace(avatar, wanted[0].lod).most_frames
         results: list[_Result]
         try:
             results = await self._infer(wanted)
-            measured_s = time.monotonic() - began
+            went_well = len(wanted) == len(batch)
         except OutOfMemory:
-            results = await self._in_halves(wanted)
+            results = await self._in_halves(wanted, min(sum(map(len, wanted)), most_frames))
         except Overloaded as error:  # an engine that serves others too: it is busy, not broken
             results = [error for _ in wanted]
         except AvatarServiceError as error:
-            results = await self._after_failure(wanted, error)
+            results = await self._after_failure(wanted, engine, error)
         if all(isinstance(result, OutputInvalid) for result in results):
-            await self._heal(wanted[0].avatar)
+            await self._heal(avatar, engine)
         self._answer(wanted, results, began, time.monotonic() - began)
-        return measured_s
+        return went_well
 
     async def _infer(self, works: list[Work]) -> list[_Result]:
         most_frames = self._queue.pace(works[0].avatar, works[0].lod).most_frames
@@ -286,22 +291,23 @@ class EngineRoom:
 
     # Faults.
 
-    async def _in_halves(self, works: list[Work]) -> list[_Result]:
-        """Once more with smaller batches, after all that is idle was dropped."""
+    async def _in_halves(self, works: list[Work], tried: int) -> list[_Result]:
+        """Once more in batches of less than the `tried` frames, after all that is idle was dropped."""
         avatar, pace = works[0].avatar, self._queue.pace(works[0].avatar, works[0].lod)
         # What was learnt stays: it is as well for the pieces that are cut already.
-        pace.most_frames = max(1, min(sum(map(len, works)), pace.most_frames) // 2)
+        pace.most_frames = min(pace.most_frames, max(1, tried // 2))
         log.warning("no memory: once more, and from now on, at most %d frames of %s", pace.most_frames, avatar.id)
         self._store.drop_idle(but=avatar)
         try:
-            return await self._infer(works)
+            async with self._healing:
+                return await self._infer(works)
         except AvatarServiceError:
             return [Overloaded("the device has no memory left", retry_after_s=5)] * len(works)
 
-    async def _after_failure(self, works: list[Work], error: AvatarServiceError) -> list[_Result]:
+    async def _after_failure(self, works: list[Work], engine: Engine, error: AvatarServiceError) -> list[_Result]:
         """If the engine still works, one of the pieces was to blame: each once more, alone."""
         log.error("a batch of %s failed: %s", works[0].avatar.id, error, exc_info=error.__cause__)
-        if not await self._heal(works[0].avatar) or len(works) == 1:
+        if not await self._heal(works[0].avatar, engine) or len(works) == 1:
             return [error] * len(works)
         results: list[_Result] = []
         for work in works:
@@ -311,22 +317,25 @@ class EngineRoom:
                 results.append(failure)
         return results
 
-    async def _heal(self, avatar: Avatar) -> bool:
-        """Check an engine; if it is spoilt, rebuild it, but not again and again.  Whether it was sound."""
-        if await self._sound(avatar):
-            return True
-        now = time.monotonic()
-        rebuilt, self._rebuilt_s = now - self._rebuilt_s > REBUILD_INTERVAL_S, now
-        log.error("the engine of %s is spoilt", avatar.id)
-        if rebuilt and await self._store.rebuild(avatar):
-            return False
-        self._store.give_up(avatar)
-        for other in self._store.loaded():
-            if await self._sound(other):
+    async def _heal(self, avatar: Avatar, engine: Engine) -> bool:
+        """Check an engine that failed; if it is spoilt, rebuild it, but not again and again.  Whether it was sound."""
+        async with self._healing:
+            if avatar.spoilt or avatar.engine is not engine:
+                return False  # another batch that was in flight has seen to it
+            if await self._sound(avatar):
+                return True
+            now = time.monotonic()
+            rebuilt, self._rebuilt_s = now - self._rebuilt_s > REBUILD_INTERVAL_S, now
+            log.error("the engine of %s is spoilt", avatar.id)
+            if rebuilt and await self._store.rebuild(avatar):
                 return False
-        log.critical("no engine works any more")
-        self.gave_up.set()
-        return False
+            self._store.give_up(avatar)
+            for other in self._store.loaded():
+                if await self._sound(other):
+                    return False
+            log.critical("no engine works any more")
+            self.gave_up.set()
+            return False
 
     async def _sound(self, avatar: Avatar) -> bool:
         try:

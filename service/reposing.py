@@ -9,8 +9,9 @@ the work at the next batch.
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
+from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
@@ -25,7 +26,7 @@ from service.engine_room import EngineRoom
 from service.errors import BodyTooLarge, OptionInvalid, TooManyFrames, UnsupportedMedia
 from service.formats.clip import Clip
 from service.metrics import Metrics
-from service.poses import parse_json, parse_npz
+from service.poses import PoseSequence, parse_json, parse_npz
 from service.production import Order, Production, Times, pieces
 from service.schemas import ReposeQuery
 from service.settings import Settings
@@ -34,8 +35,9 @@ JSON_TYPES = ("application/json",)
 NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
 MAX_TIMEOUT_S = 24 * 3600
 SLICE_BYTES = 1 << 20
-SHORT = 500
-"""Frames whose key takes a millisecond; to ask a thread for it takes longer on a busy machine."""
+SHORT_BYTES, SHORT = 96 << 10, 500
+"""A body that is parsed in two milliseconds, frames whose key takes one.  A thread needs many times that on a busy
+machine: it waits for Python's lock at every step, and whoever has it waits for a core."""
 
 
 class Reposing:
@@ -65,6 +67,9 @@ class Reposing:
             headers["Cache-Control"] = "no-store"
         else:
             began = time.perf_counter()
+            if self.cache.at_hand(key) is None and key not in self._on_its_way:
+                # Before Redis and other replicas are asked: a refusal should cost little.
+                self._check_admission(order)
             cached = await self.cache.get(key)
             times.add("cache", time.perf_counter() - began)
             self._metrics.cache.labels("miss" if cached is None else "hit").inc()
@@ -108,14 +113,9 @@ class Reposing:
             began = time.perf_counter()
             pelvis = avatar.bundle.skeleton.rest_joints[0]
             most = settings.max_job_frames if in_background else settings.max_frames
-            parse = (
-                partial(parse_json, body)
-                if body_is_json
-                else partial(parse_npz, body, max_bytes=settings.max_npz_bytes)
-            )
-            read = partial(parse, options=query.options(), pelvis=pelvis, max_frames=most)
+            how = {"options": query.options(), "pelvis": pelvis, "max_frames": most}
             try:
-                poses = await to_thread.run_sync(read)
+                poses = await _parsed(body, body_is_json, settings.max_npz_bytes, how)
             except TooManyFrames as error:
                 hint = f"; POST /avatars/{avatar_id}/jobs takes {settings.max_job_frames}"
                 raise TooManyFrames(f"{error}{'' if in_background else hint}", limit_frames=most) from error
@@ -147,11 +147,14 @@ class Reposing:
         """The same, computed once for all who ask at the same time, here or in another replica."""
         production = self._on_its_way.get(key)
         if production is None or production.ended:
-            # Before other replicas are asked: a refusal should cost little.
-            self._room.check_admission(order.avatar, order.lod, len(order.poses))
+            self._check_admission(order)
             production = self._on_its_way[key] = Production(self._in_turn(key, order, times))
             production.task.add_done_callback(lambda _: self._forget(key))
         return production.read()
+
+    def _check_admission(self, order: Order) -> None:
+        if answers.TABLE[order.media_type].needs_batches:
+            self._room.check_admission(order.avatar, order.lod, len(order.poses))
 
     async def _in_turn(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
         async with self.cache.turn(key) as answer:
@@ -218,6 +221,17 @@ def deadline_of(headers: Headers) -> float | None:
                 raise OptionInvalid(f"expected {name} to be above 0 and at most a day")
             deadlines.append(time.monotonic() + seconds)
     return min(deadlines, default=None)
+
+
+async def _parsed(body: bytes, is_json: bool, max_npz_bytes: int, how: dict[str, Any]) -> PoseSequence:
+    """Poses, checked; by a thread, so that the event loop is free meanwhile, unless they are few numbers as bytes."""
+    if is_json:
+        return await to_thread.run_sync(partial(parse_json, body, **how))
+    # Resampling makes much out of little, and so does inflating.
+    if len(body) <= SHORT_BYTES and how["options"].target_fps is None:
+        with suppress(BodyTooLarge):
+            return parse_npz(body, max_bytes=SHORT_BYTES, **how)
+    return await to_thread.run_sync(partial(parse_npz, body, max_bytes=max_npz_bytes, **how))
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -42,11 +42,11 @@ class Settings(BaseSettings):
     """Frames times vertices given to the engine at once: bounds the memory, whatever the length of the sequence."""
     threads: int = Field(default=0, ge=0)
     """Threads of one inference on the CPU; 0 takes one for each core the process may use."""
-    parallel_inferences: int = Field(default=1, ge=1)
-    """Batches computed at the same time; on one device more than 1 seldom helps."""
+    parallel_inferences: int = Field(default=2, ge=1)
+    """Batches computed at the same time: with 2, the device has the next one when one ends."""
     batch_ms: float = Field(default=25.0, gt=0)
     """A batch takes about this long: how long a live frame may have to wait for work that began before it came."""
-    queue_ms: float = Field(default=100.0, ge=0)
+    queue_ms: float = Field(default=50.0, ge=0)
     """A request is refused if others would keep it waiting for longer than this and 3/4 of what it takes itself."""
     live_queue_ms: float = Field(default=250.0, ge=0)
     """A live frame is refused if those that wait before it take longer than this."""

@@ -5,13 +5,16 @@
 - In each line the clients take turns, one piece each, whatever number of pieces they have waiting.
 - Live goes first.  If it never pauses, bulk gets a batch now and then, but the same piece of live work never has
   to wait for two of them.
+- Several batches are computed at a time, so that the engine has the next one when one ends.  While there are live
+  streams, bulk leaves one of these places free.
 """
 
 import asyncio
+import math
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,8 @@ from service.avatars import Avatar
 
 LIVE_IN_A_ROW = 4
 """So many live batches go before a bulk one that waits, at most."""
+LIVE_LINGERS_S = 1.0
+"""So long after live work more of it is expected."""
 LEAST_VERTEX_FRAMES = 8192
 """Batches of less are mostly overhead, so their time says nothing about larger ones."""
 
@@ -45,6 +50,8 @@ class Work:
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     stood_back: bool = False
     """A bulk batch has run while this live work waited."""
+    share_s: float = 0.0
+    """Of the first piece of a batch: what the clock of `_Shares` said when it was taken."""
 
     def __len__(self) -> int:
         return len(self.rotations)
@@ -102,17 +109,47 @@ class _Line:
         self.remove(work)
 
 
-class WorkQueue:
-    """Work that waits.  For the event loop's thread only."""
+class _Shares:
+    """The engine's time, as each batch sees it: of n that are computed at a time, each has an nth of the engine."""
 
-    def __init__(self, batch_vertex_frames: int, batch_s: float) -> None:
-        self._budget, self._batch_s = batch_vertex_frames, batch_s
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._seen_s = clock, clock()
+        self._running, self._each_s = 0, 0.0
+
+    def change(self, by: int) -> float:
+        """So many batches more are computed from now on; seconds of the engine that one all along would have had."""
+        now = self._clock()
+        if self._running:
+            self._each_s += (now - self._seen_s) / self._running
+        self._seen_s = now
+        self._running += by
+        return self._each_s
+
+
+class WorkQueue:
+    """Work that waits.  For the event loop's thread only.
+
+    Args:
+        batch_vertex_frames: the largest batch.
+        batch_s: about how long a batch may have the engine.
+        places: how many batches are computed at a time.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, batch_vertex_frames: int, batch_s: float, places: int = 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._budget, self._batch_s, self._places, self._clock = batch_vertex_frames, batch_s, places, clock
         self._live, self._bulk = _Line(), _Line()
         self._live_in_a_row = self._bulk_running = 0
+        self._live_seen_s = -math.inf
+        self._shares = _Shares(clock)
         self._paces: weakref.WeakKeyDictionary[Avatar, dict[str, Pace]] = weakref.WeakKeyDictionary()
 
     def add(self, work: Work) -> None:
         work.stood_back = work.live and self._bulk_running > 0
+        if work.live:
+            self._live_seen_s = self._clock()
         (self._live if work.live else self._bulk).add(work)
 
     def discard(self, work: Work) -> None:
@@ -120,11 +157,17 @@ class WorkQueue:
         (self._live if work.live else self._bulk).remove(work)
 
     def take(self) -> list[Work]:
-        """The next batch, empty if nothing waits.  Say `finished` when it is computed."""
+        """The next batch, empty if nothing waits or may go.  Say `finished` when it is computed."""
+        batch = self._next()
+        if batch:
+            batch[0].share_s = self._shares.change(+1)
+        return batch
+
+    def _next(self) -> list[Work]:
         bulk_may_go = not self._live or (
             self._live_in_a_row >= LIVE_IN_A_ROW and not any(work.stood_back for work in self._live)
         )
-        if self._bulk and bulk_may_go:
+        if self._bulk and bulk_may_go and not self._last_place():
             self._live_in_a_row = 0
             self._bulk_running += 1
             for work in self._live:
@@ -133,10 +176,15 @@ class WorkQueue:
         self._live_in_a_row = self._live_in_a_row + 1 if self._bulk else 0
         return self._gather(self._live)
 
-    def finished(self, batch: list[Work], seconds: float | None) -> None:
-        """`batch` was computed; in `seconds`, unless it failed."""
+    def _last_place(self) -> bool:
+        """Whether bulk would take the place that is kept for live work."""
+        return 0 < self._places - 1 <= self._bulk_running and self._clock() - self._live_seen_s < LIVE_LINGERS_S
+
+    def finished(self, batch: list[Work], *, went_well: bool) -> None:
+        """`batch` is not computed any more; how long it took is to be learnt from if it went well."""
         self._bulk_running -= not batch[0].live
-        if seconds is not None:
+        seconds = self._shares.change(-1) - batch[0].share_s
+        if went_well:
             self.pace(batch[0].avatar, batch[0].lod).learn(sum(map(len, batch)), seconds)
 
     def _gather(self, line: _Line) -> list[Work]:

@@ -97,11 +97,17 @@ class Skeleton:
 def axis_angle_to_matrix(axis_angle: NDArray[np.floating]) -> NDArray[np.float64]:
     """Rotation matrices (..., 3, 3) of axis-angle vectors (..., 3), radians (Rodrigues)."""
     vector = np.asarray(axis_angle, np.float64)
-    angle = np.linalg.norm(vector, axis=-1)[..., None, None]
-    x, y, z = np.moveaxis(vector, -1, 0)
-    zero = np.zeros_like(x)
-    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*vector.shape[:-1], 3, 3)
+    angle = np.sqrt(np.einsum("...i,...i->...", vector, vector))
     # np.sinc(t) = sin(pi t) / (pi t), so both factors stay finite at angle 0.
     first = np.sinc(angle / np.pi)
-    second = 0.5 * np.sinc(angle / (2 * np.pi)) ** 2
-    return np.eye(3) + first * cross + second * (cross @ cross)
+    half = np.sinc(angle / (2 * np.pi))
+    x, y, z = np.moveaxis(vector, -1, 0)
+    # cos(angle) 1 + first [v]x + second v v^T, entry by entry: matrix products of 3 x 3 cost ten times as much.
+    second = 0.5 * half * half
+    matrix = np.empty((*vector.shape, 3))
+    cosine = np.cos(angle)
+    for row, (a, turns) in enumerate(((x, (None, -z, y)), (y, (z, None, -x)), (z, (-y, x, None)))):
+        scaled = second * a
+        for column, (b, turn) in enumerate(zip((x, y, z), turns, strict=True)):
+            matrix[..., row, column] = scaled * b + (cosine if turn is None else first * turn)
+    return matrix

@@ -44,7 +44,9 @@ class Engine:
 
     def repose(self, canonical_vertices: Any, bones: Any, roots: Any) -> Any:
         world = self._world
+        world.inside += 1
         world.gate.wait(10)
+        world.inside -= 1
         if world.spoils(roots):
             self.spoilt = True
         if self.spoilt:
@@ -62,6 +64,8 @@ class World:
         self.gate = threading.Event()
         self.gate.set()
         self.batches: list[int] = []
+        self.inside = 0
+        """Batches that wait for the gate."""
         self.built = 0
         self.spoils: Callable[[Any], bool] = lambda roots: False
         self.check_fault: Callable[[Any], None] = lambda steps: None
@@ -84,8 +88,11 @@ Opened = tuple[EngineRoom, AvatarStore, Avatar]
 
 @asynccontextmanager
 async def opened(bundle_dir: Path, world: World, **settings: Any) -> AsyncIterator[Opened]:
-    """A room over the avatars of a folder, with `tiny` under lease; its speed is known: 1 ms a frame."""
-    chosen = Settings(bundle_dir=bundle_dir, **{"batch_ms": 8.0} | settings)
+    """A room over the avatars of a folder, with `tiny` under lease; its speed is known: 1 ms a frame.
+
+    One batch at a time, unless told otherwise: what waits for what is known then.
+    """
+    chosen = Settings(bundle_dir=bundle_dir, **{"batch_ms": 8.0, "parallel_inferences": 1} | settings)
     store = AvatarStore(bundle_dir, world.make_engine, chosen.avatar_bytes, chosen.require_gpu)
     async with EngineRoom(chosen, store, Metrics()) as room, AsyncExitStack() as leases:
         avatar = await leases.enter_async_context(store.lease("tiny"))
@@ -114,6 +121,19 @@ async def live(room: EngineRoom, avatar: Avatar, frame: int = 0, **terms: Any) -
     return step_of(avatar, done.vertices)
 
 
+async def several(room: EngineRoom, avatar: Avatar, start: int, frames: int) -> list[int]:
+    """Frames of a client of its own, not live, as one piece; a batch holds 22."""
+    poses = walk(frames, start)
+    done = await room.repose(avatar, "standard", poses.rotations, poses.translation, live=False)
+    return step_of(avatar, done.vertices)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.001)
+
+
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -127,8 +147,10 @@ async def computing(world: World, avatar: Avatar, room: EngineRoom) -> asyncio.T
     return task
 
 
-async def test_every_frame_comes_once_and_in_order(bundle_dir: Path, world: World) -> None:
-    async with opened(bundle_dir, world, batch_vertex_frames=5 * V) as (room, _, avatar):
+@pytest.mark.parametrize("places", [1, 2, 3])
+async def test_every_frame_comes_once_and_in_order(bundle_dir: Path, world: World, places: int) -> None:
+    terms = {"batch_vertex_frames": 5 * V, "parallel_inferences": places}
+    async with opened(bundle_dir, world, **terms) as (room, _, avatar):
 
         async def all_of(frames: int, start: int) -> None:
             seen = []
@@ -281,6 +303,23 @@ async def test_fault_25_out_of_memory_is_tried_again_with_half_the_batch(bundle_
         assert [size for size in world.batches if size > 3] == [4]
 
 
+async def test_fault_25_two_batches_that_find_no_memory_together_are_halved_once(
+    bundle_dir: Path, world: World
+) -> None:
+    def little_memory(steps: Any) -> None:
+        if len(steps) > 6:
+            raise OutOfMemory("no memory")
+
+    async with opened(bundle_dir, world, parallel_inferences=2) as (room, _, avatar):
+        world.check_fault = little_memory
+        world.gate.clear()
+        together = [asyncio.create_task(several(room, avatar, start, 12)) for start in (0, 100)]
+        await until(lambda: world.inside == 2)
+        world.gate.set()
+        assert await asyncio.gather(*together) == [list(range(12)), list(range(100, 112))]
+        assert room._queue.pace(avatar, "standard").most_frames == 6
+
+
 async def test_fault_25_without_any_memory_it_is_503_and_idle_avatars_leave(
     bundle_dir: Path, tmp_path: Path, bundle_parts: Any, world: World
 ) -> None:
@@ -335,6 +374,37 @@ async def test_fault_26_a_spoilt_session_is_rebuilt_once(bundle_dir: Path, world
         with pytest.raises(AvatarUnavailable):
             async with store.lease("tiny"):
                 pass
+
+
+async def test_fault_26_what_was_in_flight_together_is_lost_together_and_the_engine_rebuilt_once(
+    bundle_dir: Path, world: World
+) -> None:
+    async with opened(bundle_dir, world, parallel_inferences=2) as (room, _, avatar):
+        world.spoils = lambda roots: bool(np.any(np.isin(np.rint(roots[:, 0, 3]), [13, 313])))
+        world.gate.clear()
+        pieces = [asyncio.create_task(several(room, avatar, start, 11)) for start in (13, 113, 213, 313)]
+        await until(lambda: world.inside == 2)  # two batches of two pieces
+        world.gate.set()
+        found = await asyncio.gather(*pieces, return_exceptions=True)
+        # Not tried again, piece for piece: one of them would spoil the new engine too.
+        assert all(isinstance(error, EngineFailed) for error in found)
+        assert (world.built, avatar.spoilt, room.gave_up.is_set()) == (2, False, False)
+        assert await live(room, avatar, 4) == [4]
+
+
+async def test_live_finds_a_place_beside_a_long_sequence(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world, parallel_inferences=2, batch_vertex_frames=V) as (room, _, avatar):
+        assert await live(room, avatar, 1) == [1]  # more of it is expected now
+        world.gate.clear()
+        long = asyncio.create_task(several(room, avatar, 0, 20))
+        await until(lambda: world.inside == 1)
+        await asyncio.sleep(0.05)
+        assert world.inside == 1  # two pieces wait, and a place is free
+        waiting = asyncio.create_task(live(room, avatar, 7))
+        await until(lambda: world.inside == 2)
+        world.gate.set()
+        assert await waiting == [7]
+        assert await long == list(range(20))
 
 
 async def test_fault_26_an_avatar_that_cannot_be_rebuilt_leaves_the_others_alone(

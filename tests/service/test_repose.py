@@ -2,15 +2,18 @@
 
 import io
 import json
+import threading
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from service.answers import FRAMES, FRAMES_Q16, FRAMES_Q16D, GLB, NDJSON, NPZ
+from service import reposing
+from service.answers import FRAMES, FRAMES_Q16, FRAMES_Q16D, GLB, NDJSON, NPZ, SKINNED
 from service.bundle.glb import read_mesh
 from service.bundle.skeleton import axis_angle_to_matrix
+from service.errors import Overloaded
 from service.formats.morph import read_animated_glb
 from service.frames import decode_stream
 
@@ -329,3 +332,51 @@ async def test_a_failing_engine_is_a_5xx_without_its_secrets(
             assert "detail" not in problem
         engine.spoil = lambda vertices: vertices
         assert (await post_npz(client, **far)).headers["x-cache"] == "miss"
+
+
+async def test_only_a_short_npz_is_parsed_on_the_event_loop(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def parse(*arguments: Any, **options: Any) -> Any:
+        try:
+            return parse_npz(*arguments, **options)
+        finally:
+            threads.append(threading.current_thread() is threading.main_thread())
+
+    parse_npz = reposing.parse_npz
+    monkeypatch.setattr(reposing, "parse_npz", parse)
+    still, packed = np.zeros((400, 72), np.float32), io.BytesIO()
+    np.savez_compressed(packed, poses=still)
+    assert len(packed.getvalue()) < reposing.SHORT_BYTES < still.nbytes
+    async with serve() as client:
+
+        async def where(body: bytes, query: str = "") -> list[bool]:
+            threads.clear()
+            answer = await client.post(
+                f"{URL}?{query}", content=body, headers={"Content-Type": "application/x-npz", "Accept": FRAMES}
+            )
+            assert answer.status_code == 200, answer.text
+            return list(threads)
+
+        assert await where(npz(poses=still[:60])) == [True]
+        assert await where(npz(poses=still)) == [False]
+        assert await where(packed.getvalue()) == [True, False]  # looked at, and left to a thread
+        assert await where(npz(poses=still[:3]), "fps=1&target_fps=120") == [False]
+
+
+async def test_a_refusal_asks_neither_redis_nor_another_replica(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise Overloaded("others are served")
+
+    async def asked(*_: Any) -> None:
+        raise AssertionError("Redis was asked")
+
+    still = np.zeros((2, 72), np.float32)
+    async with serve() as client:
+        assert (await post_npz(client, poses=still)).status_code == 200
+        monkeypatch.setattr(client.app.state.room, "check_admission", full)
+        # What is at hand, and what is made from the poses alone, is given however much waits.
+        assert (await post_npz(client, poses=still)).headers["X-Cache"] == "hit"
+        assert (await post_npz(client, poses=still, accept=SKINNED)).status_code == 200
+        monkeypatch.setattr(client.app.state.reposing.cache, "get", asked)
+        assert (await post_npz(client, poses=still + 0.1)).status_code == 503

@@ -391,7 +391,7 @@ async def test_fault_17_overload(serve: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_fault_20_a_client_that_goes_takes_its_work_with_it(serve: Any, engine: Any) -> None:
     gate = Gate(engine)
-    async with serve(make_engine=lambda _: gate) as client:
+    async with serve(make_engine=lambda _: gate, parallel_inferences=1) as client:
         gate.open.clear()
         gate.entered.clear()
         other = knock(client)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,9 +42,9 @@ traffic = st.lists(arrivals | st.just(("take",)) | st.just(("finish",)) | st.jus
 
 
 @settings(deadline=None, max_examples=300)
-@given(traffic, st.sampled_from([0.001, 0.03, 5.0]), st.randoms(use_true_random=False))
-def test_whatever_comes_the_laws_hold(traffic: list[Any], seconds_per_frame: float, random: Any) -> None:
-    queue, clients = WorkQueue(BUDGET, BATCH_S), [object() for _ in range(5)]
+@given(traffic, st.sampled_from([0.001, 0.03, 5.0]), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_whatever_comes_the_laws_hold(traffic: list[Any], seconds_per_frame: float, places: int, random: Any) -> None:
+    queue, clients = WorkQueue(BUDGET, BATCH_S, places), [object() for _ in range(5)]
     known_speed(queue, seconds_per_frame)
     largest = queue.largest_batch(AVATAR, "standard")
     assert largest == max(1, min(BUDGET // VERTICES, int(BATCH_S / seconds_per_frame)))
@@ -54,7 +55,8 @@ def test_whatever_comes_the_laws_hold(traffic: list[Any], seconds_per_frame: flo
     def take() -> bool:
         batch = queue.take()
         if not batch:
-            assert not waiting
+            # One place is kept for live work, but the last one never: something always goes on.
+            assert not waiting or (running and not any(w.live for w in waiting))
             return False
         first = batch[0]
         assert len({(w.avatar, w.lod, w.live) for w in batch}) == 1
@@ -78,20 +80,49 @@ def test_whatever_comes_the_laws_hold(traffic: list[Any], seconds_per_frame: flo
             client, frames, live, body, preview = details
             lod = "preview" if preview else "standard"
             piece = work(clients[client], frames, live, BODIES[body], lod)
-            bulk_seen[piece] = sum(not batch[0].live for batch in running)
+            bulk_seen[piece] = any(not batch[0].live for batch in running)  # the first of them to end makes room
             queue.add(piece)
             waiting.append(piece)
-        elif what == "take" and not running:
+        elif what == "take" and len(running) < places:
             take()
         elif what == "finish" and running:
-            queue.finished(running.pop(), seconds=None)
+            queue.finished(running.pop(0), went_well=False)
         elif what == "call off" and waiting:
             gone = waiting.pop(random.randrange(len(waiting)))
             queue.discard(gone)
     # Everything that was accepted and not called off is computed.
     while running or take():
-        queue.finished(running.pop(), seconds=None)
+        queue.finished(running.pop(0), went_well=False)
     assert not waiting
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.001, 5.0)), max_size=40))
+def test_the_time_of_the_engine_is_shared_among_the_batches_in_it(events: list[tuple[bool, float]]) -> None:
+    now = busy = 0.0
+    queue, running, learnt = WorkQueue(BUDGET, BATCH_S, places=3, clock=lambda: now), [], []
+    queue.pace(AVATAR, "standard").learn = lambda frames, seconds: learnt.append(seconds)  # type: ignore[method-assign]
+    for takes, seconds in [*events, *[(False, 1.0)] * len(events)]:
+        if takes:
+            queue.add(work(object()))
+            running.append(queue.take())
+        elif running:
+            queue.finished(running.pop(0), went_well=True)
+        now += seconds
+        busy += seconds if running else 0.0
+    assert sum(learnt) == pytest.approx(busy)
+
+
+def test_two_equal_batches_at_a_time_are_twice_as_fast_as_each_seems() -> None:
+    now = 0.0
+    queue = WorkQueue(BUDGET, BATCH_S, places=2, clock=lambda: now)
+    running = []
+    for n in range(20):
+        now = n * 1.0  # one ends each second, after two
+        if n >= 2:
+            queue.finished(running.pop(0), went_well=True)
+        queue.add(work(object(), frames=4))
+        running.append(queue.take())
+    assert queue.pace(AVATAR, "standard").seconds_per_frame == pytest.approx(0.25, rel=0.1)
 
 
 def test_clients_take_turns_whatever_they_have_waiting() -> None:
@@ -105,7 +136,7 @@ def test_clients_take_turns_whatever_they_have_waiting() -> None:
     served = []
     while batch := queue.take():
         served += [w.client for w in batch]
-        queue.finished(batch, seconds=None)
+        queue.finished(batch, went_well=False)
     assert served == [many, few, many, few, many, many, many, many]
 
 
@@ -120,7 +151,7 @@ def test_live_goes_before_bulk_but_bulk_is_not_starved() -> None:
         queue.add(work(object(), live=True))  # a new live frame before every batch
         batch = queue.take()
         lines.append(batch[0].live)
-        queue.finished(batch, seconds=None)
+        queue.finished(batch, went_well=False)
     assert lines[:LIVE_IN_A_ROW] == [True] * LIVE_IN_A_ROW
     assert lines.count(False) == 10
     gaps = np.diff([n for n, live in enumerate(lines) if not live])
@@ -173,7 +204,7 @@ def test_live_work_stands_back_for_one_bulk_batch_only() -> None:
             queue.add(work(object(), live=True))
         while batch := queue.take():
             taken.append(batch)
-            queue.finished(taken[0] if len(taken) == 2 and not live_first else batch, seconds=None)
+            queue.finished(taken[0] if len(taken) == 2 and not live_first else batch, went_well=False)
         return "".join("L" if batch[0].live else "B" for batch in taken)
 
     assert LIVE_IN_A_ROW == 4
