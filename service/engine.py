@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from service.bundle.manifest import INPUTS, OUTPUTS, PLAIN, SKINNING_WEIGHTS, Te
 from service.bundle.skeleton import Skeleton
 from service.errors import AvatarUnavailable, EngineFailed, OutOfMemory, OutputInvalid
 from service.poses import PoseSequence
+from service.scheduling import give_way
 
 log = logging.getLogger(__name__)
 _SIGNS_OF_TOO_LITTLE_MEMORY = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
@@ -64,7 +64,6 @@ AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 20}
 """Vertices of all frames together in one run: on a CPU what its caches hold, on CUDA what fits beside others."""
 WORTH_A_THREAD = 1 << 13
 """Vertices of a single frame for each thread that has a part in it: what is done once a frame, each does again."""
-COMPUTING_NICE = 10
 HELD_MESHES = 8
 """Canonical meshes that are kept, with what belongs to them, where the graph runs."""
 
@@ -223,12 +222,6 @@ class _Held:
             return self._values
         arrays = {name: array[points] if array.ndim else array for name, array in self._arrays.items()}
         return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-
-
-def give_way() -> None:
-    """Let this thread compute only where no other one has anything to do: those that answer and send need little."""
-    if sys.platform == "linux":  # elsewhere the priority is that of the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTING_NICE)
 
 
 def repose_in_batches(

@@ -19,6 +19,7 @@ from pythonjsonlogger.json import JsonFormatter
 from service.app import create_app
 from service.lifecycle import background
 from service.limits import request_id
+from service.scheduling import ask_for_short_slices
 from service.settings import Settings
 from service.streaming.session import Limits
 from service.streaming.socket import StreamSocket
@@ -34,6 +35,8 @@ HARD_STOP_S = 5.0
 def serve(settings: Settings, host: str, port: int) -> int:
     """Serve until told to stop; returns the exit status."""
     set_up_logging()
+    if not ask_for_short_slices():  # before there are other threads, which then have them too
+        log.info("this kernel has no short slices: answers come later while all cores compute")
     app = create_app(settings)
     # What is there now stays: looking through it for garbage would stop the stream for 0.05 s now and then.
     gc.collect()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from service import scheduling
 from service.frames import decode_stream
 
 END_S = 60.0
@@ -124,3 +126,21 @@ def test_an_idle_server_ends_at_once(start: Start) -> None:
 def test_fault_28_a_gpu_that_is_required_and_missing_ends_the_process_with_70(start: Start) -> None:
     server, _ = start("--cpu", REPOSER_REQUIRE_GPU="1")
     assert server.wait(END_S) == 70
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities and slices of threads")
+def test_threads_have_short_slices_and_those_that_compute_give_way(start: Start, tmp_path: Path) -> None:
+    process, url = start("--cpu")
+    wait_for(f"{url}/readyz", 200)
+    HTTP.post(f"{url}/avatars/tiny/repose", json={"poses": [[0.0] * 72] * 9}).raise_for_status()
+    tasks = Path(f"/proc/{process.pid}/task").iterdir()
+    found = {int(task.name): scheduling.of_thread(int(task.name)) for task in tasks}
+    computing = [slice_ns for nice, slice_ns in found.values() if nice == scheduling.COMPUTING_NICE]
+    assert computing
+    assert found[process.pid][0] == 0
+    version = tuple(int(n) for n in platform.release().split(".")[:2])
+    if version >= (6, 12):
+        # Those of NumPy's library, which are there before, serve nobody.
+        assert {found[process.pid][1], *computing} == {scheduling.SLICE_NS}
+    else:
+        assert "no short slices" in (tmp_path / "log").read_text()
