@@ -26,7 +26,7 @@ from service.avatars import Avatar
 LIVE_IN_A_ROW = 4
 """So many live batches go before a bulk one that waits, at most."""
 LIVE_LINGERS_S = 1.0
-"""So long after live work more of it is expected."""
+"""After two pieces of live work within so long more is expected, for as long; after one, as of a probe, it is not."""
 LEAST_VERTEX_FRAMES = 8192
 """Batches of less are mostly overhead, so their time says nothing about larger ones."""
 
@@ -142,14 +142,17 @@ class WorkQueue:
         self._budget, self._batch_s, self._places, self._clock = batch_vertex_frames, batch_s, places, clock
         self._live, self._bulk = _Line(), _Line()
         self._live_in_a_row = self._bulk_running = 0
-        self._live_seen_s = -math.inf
+        self._live_seen_s = self._live_expected_s = -math.inf
         self._shares = _Shares(clock)
         self._paces: weakref.WeakKeyDictionary[Avatar, dict[str, Pace]] = weakref.WeakKeyDictionary()
 
     def add(self, work: Work) -> None:
         work.stood_back = work.live and self._bulk_running > 0
         if work.live:
-            self._live_seen_s = self._clock()
+            now = self._clock()
+            if now - self._live_seen_s < LIVE_LINGERS_S:
+                self._live_expected_s = now + LIVE_LINGERS_S
+            self._live_seen_s = now
         (self._live if work.live else self._bulk).add(work)
 
     def discard(self, work: Work) -> None:
@@ -178,7 +181,7 @@ class WorkQueue:
 
     def _last_place(self) -> bool:
         """Whether bulk would take the place that is kept for live work."""
-        return 0 < self._places - 1 <= self._bulk_running and self._clock() - self._live_seen_s < LIVE_LINGERS_S
+        return 0 < self._places - 1 <= self._bulk_running and self._clock() < self._live_expected_s
 
     def finished(self, batch: list[Work], *, went_well: bool) -> None:
         """`batch` is not computed any more; how long it took is to be learnt from if it went well."""
