@@ -38,35 +38,40 @@ def answer_key(bundle_digest: str, lod: str, media_type: str, poses: PoseSequenc
     return f"av:{SCHEMA}:{bundle_digest}:{kind}:{digest.hexdigest()}"
 
 
+Pieces = tuple[bytes, ...]
+"""An answer as it left: joined or cut, it would be copied."""
+
+
 class AnswerCache:
     """Least recently used answers up to a number of bytes, in front of those of all replicas."""
 
     def __init__(self, max_bytes: int, max_entry_bytes: int, shared: "SharedCache | None" = None) -> None:
         self.max_bytes, self.max_entry_bytes = max_bytes, min(max_entry_bytes, max_bytes)
-        self._entries: OrderedDict[str, bytes] = OrderedDict()
+        self._entries: OrderedDict[str, Pieces] = OrderedDict()
         self._bytes = 0
         self._shared = shared
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def at_hand(self, key: str) -> bytes | None:
+    def at_hand(self, key: str) -> Pieces | None:
         """The answer of `key`, now the most recently used one, if this process has it."""
         answer = self._entries.get(key)
         if answer is not None:
             self._entries.move_to_end(key)
         return answer
 
-    async def get(self, key: str) -> bytes | None:
+    async def get(self, key: str) -> Pieces | None:
         """The answer of `key`, from wherever it is."""
         answer = self.at_hand(key)
         if answer is None and self._shared is not None:
-            answer = await self._shared.get(key)
-            if answer is not None:
+            whole = await self._shared.get(key)
+            if whole is not None:
+                answer = (whole,)
                 self._keep(key, answer)
         return answer
 
-    async def put(self, key: str, answer: bytes) -> None:
+    async def put(self, key: str, answer: Pieces) -> None:
         """Keep a whole answer, unless it is too long."""
         self._keep(key, answer)
         if self._shared is not None:
@@ -81,13 +86,18 @@ class AnswerCache:
         async with self._shared.turn(key) as answer:
             yield answer
 
-    def _keep(self, key: str, answer: bytes) -> None:
-        if len(answer) > self.max_entry_bytes:
+    def _keep(self, key: str, answer: Pieces) -> None:
+        if byte_count(answer) > self.max_entry_bytes:
             return
-        self._bytes += len(answer) - len(self._entries.pop(key, b""))
+        self._bytes += byte_count(answer) - byte_count(self._entries.pop(key, ()))
         self._entries[key] = answer
         while self._bytes > self.max_bytes:
-            self._bytes -= len(self._entries.popitem(last=False)[1])
+            self._bytes -= byte_count(self._entries.popitem(last=False)[1])
+
+
+def byte_count(answer: Pieces) -> int:
+    """All pieces together."""
+    return sum(map(len, answer))
 
 
 class SharedCache:
@@ -134,9 +144,9 @@ class SharedCache:
             pass
         return None
 
-    async def put(self, key: str, answer: bytes) -> None:
+    async def put(self, key: str, answer: Pieces) -> None:
         """Keep an answer for an hour, if it is not too long and there is room."""
-        if len(answer) > self.MAX_BYTES:
+        if byte_count(answer) > self.MAX_BYTES:
             return
         value = await to_thread.run_sync(self._value, answer)
         # Not all that was put at the same time shall end at the same time.
@@ -144,7 +154,7 @@ class SharedCache:
         try:
             await self._link.call("SET", key, value, "EX", seconds, timeout_s=self.PUT_TIMEOUT_S)
         except ResponseError as error:
-            log.warning("Redis does not take an answer of %d bytes: %s", len(answer), error)
+            log.warning("Redis does not take an answer of %d bytes: %s", byte_count(answer), error)
         except RedisDown:
             pass
 
@@ -170,8 +180,11 @@ class SharedCache:
                 with CancelScope(shield=True), suppress(RedisDown, ResponseError):
                     await self._link.call("EVAL", self._RELEASE, 1, lock, token)
 
-    def _value(self, answer: bytes) -> bytes:
-        return self._HEADER.pack(self.VERSION, len(answer), zlib.crc32(answer)) + answer
+    def _value(self, answer: Pieces) -> bytes:
+        checksum = 0
+        for piece in answer:
+            checksum = zlib.crc32(piece, checksum)
+        return b"".join((self._HEADER.pack(self.VERSION, byte_count(answer), checksum), *answer))
 
     def _length(self, value: bytes) -> int:
         """Of the whole value, as its beginning says; 0 for one that is not ours."""

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import answers
 from service.avatars import AvatarStore
-from service.cache import AnswerCache, answer_key
+from service.cache import AnswerCache, Pieces, answer_key, byte_count
 from service.engine_room import EngineRoom
 from service.errors import BodyTooLarge, OptionInvalid, TooManyFrames, UnsupportedMedia
 from service.formats.clip import Clip
@@ -74,7 +74,8 @@ class Reposing:
             times.add("cache", time.perf_counter() - began)
             self._metrics.cache.labels("miss" if cached is None else "hit").inc()
             if cached is not None:
-                headers |= {"X-Cache": "hit", "Server-Timing": times.header(), "Content-Length": str(len(cached))}
+                headers |= {"X-Cache": "hit", "Server-Timing": times.header()}
+                headers["Content-Length"] = str(byte_count(cached))
                 return StreamingResponse(_slices(cached), media_type=order.media_type, headers=headers)
             headers["X-Cache"] = "miss"
             size = answers.exact_bytes(order.media_type, order.clip)
@@ -136,12 +137,12 @@ class Reposing:
                 size += len(piece)
                 if size > self.cache.max_entry_bytes:
                     kept = None
-                if kept is not None:
+                if kept is not None and piece:
                     kept.append(piece)
                 yield piece
         # Only here: what failed or was broken off is never kept.
         if kept is not None:
-            await self.cache.put(key, b"".join(kept))
+            await self.cache.put(key, tuple(kept))
 
     def _shared(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
         """The same, computed once for all who ask at the same time, here or in another replica."""
@@ -184,11 +185,14 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _slices(answer: bytes) -> AsyncIterator[memoryview]:
-    """A long answer in parts: on its way out each is copied twice, which in one piece would be tens of megabytes."""
-    view = memoryview(answer)
-    for start in range(0, len(view), SLICE_BYTES):
-        yield view[start : start + SLICE_BYTES]
+async def _slices(answer: Pieces) -> AsyncIterator[bytes | memoryview]:
+    """Pieces as they are, of which h11 makes no copy, but long ones in parts: on its way out each is copied."""
+    for piece in answer:
+        if len(piece) <= SLICE_BYTES:
+            yield piece
+            continue
+        for start in range(0, len(piece), SLICE_BYTES):
+            yield memoryview(piece)[start : start + SLICE_BYTES]
 
 
 async def _not_empty(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

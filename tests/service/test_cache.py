@@ -28,16 +28,16 @@ async def linked(url: str, timeout_s: float = PATIENT_S, retry_s: float = 60.0) 
 
 async def test_cache_drops_what_was_not_used_for_longest() -> None:
     cache = AnswerCache(max_bytes=100, max_entry_bytes=60)
-    await cache.put("large", bytes(61))
+    await cache.put("large", (bytes(61),))
     assert await cache.get("large") is None
-    await cache.put("a", bytes(40))
-    await cache.put("b", bytes(40))
+    await cache.put("a", (bytes(40),))
+    await cache.put("b", (bytes(40),))
     assert await cache.get("a") is not None
-    await cache.put("c", bytes(40))
+    await cache.put("c", (bytes(40),))
     assert (await cache.get("b"), len(cache)) == (None, 2)
-    await cache.put("a", bytes(60))
+    await cache.put("a", (bytes(60),))
     assert await cache.get("c") is not None
-    await cache.put("d", bytes(1))
+    await cache.put("d", (bytes(1),))
     assert (await cache.get("a"), len(cache)) == (None, 2)
 
 
@@ -45,14 +45,14 @@ async def test_what_one_replica_made_another_has(redis_server: Any) -> None:
     async with linked(redis_server.url) as one, linked(redis_server.url) as two:
         first, second = (AnswerCache(1 << 20, 1 << 20, SharedCache(link)) for link in (one, two))
         for answer in (b"", b"x", np.random.default_rng(0).bytes(900_000)):
-            await first.put("av:k", answer)
-            assert await second.get("av:k") == answer
+            await first.put("av:k", (answer[:7], b"", answer[7:]))
+            assert await second.get("av:k") == (answer,)
             second._entries.clear()
         long = bytes(range(256)) * 16_000  # more than one piece of reading
         shared = SharedCache(one)
-        await shared.put("av:long", long)
+        await shared.put("av:long", (long,))
         assert await SharedCache(two).get("av:long") == long
-        await shared.put("av:huge", bytes(SharedCache.MAX_BYTES + 1))
+        await shared.put("av:huge", (bytes(SharedCache.MAX_BYTES + 1),))
         assert await shared.get("av:huge") is None
         assert 0 < await one.call("TTL", "av:k") <= 1.1 * SharedCache.TTL_S
 
@@ -61,7 +61,7 @@ async def test_what_one_replica_made_another_has(redis_server: Any) -> None:
 async def test_a_damaged_value_is_a_miss_and_deleted(redis_server: Any, harm: str) -> None:
     async with linked(redis_server.url) as link:
         shared = SharedCache(link)
-        await shared.put("av:k", b"the answer")
+        await shared.put("av:k", (b"the answer",))
         value = bytearray(await link.call("GET", "av:k"))
         if harm == "version":
             value[0] = 2
@@ -81,7 +81,7 @@ async def test_fault_29_a_key_of_another_type_is_a_miss_and_deleted(redis_server
         await link.call("LPUSH", "av:k", "1")
         assert await shared.get("av:k") is None
         assert link.up
-        await shared.put("av:k", b"answer")
+        await shared.put("av:k", (b"answer",))
         assert await shared.get("av:k") == b"answer"
 
 
@@ -90,7 +90,7 @@ async def test_fault_29_a_full_redis_keeps_nothing_and_is_not_down(redis_server:
         shared = SharedCache(link)
         await link.call("CONFIG", "SET", "maxmemory", "1mb")
         for _ in range(2 * 3):
-            await shared.put("av:k", bytes(2 << 20))
+            await shared.put("av:k", (bytes(2 << 20),))
             assert await shared.get("av:k") is None
         assert link.up
         async with shared.turn("av:k") as answer:  # the lock cannot be written either
@@ -103,7 +103,7 @@ async def test_fault_29_wiped_while_in_use(redis_server: Any) -> None:
 
         async def use(n: int) -> None:
             for _ in range(20):
-                await shared.put(f"av:{n}", bytes([n]) * 1000)
+                await shared.put(f"av:{n}", (bytes([n]) * 1000,))
                 assert await shared.get(f"av:{n}") in (None, bytes([n]) * 1000)
 
         async def wipe() -> None:
@@ -120,7 +120,7 @@ async def test_fault_29_a_redis_that_hangs_is_tried_once(redis_server: Any) -> N
         shared = SharedCache(link)
         for _ in range(10):
             assert await shared.get("av:k") is None
-            await shared.put("av:k", b"answer")
+            await shared.put("av:k", (b"answer",))
             async with shared.turn("av:k") as answer:
                 assert answer is None
         assert (link.attempts, link.up) == (1, False)
@@ -129,7 +129,7 @@ async def test_fault_29_a_redis_that_hangs_is_tried_once(redis_server: Any) -> N
 async def test_fault_29_a_redis_that_is_gone_is_tried_three_times(redis_server: Any) -> None:
     async with linked(redis_server.url) as link:
         shared = SharedCache(link)
-        await shared.put("av:k", b"answer")
+        await shared.put("av:k", (b"answer",))
         redis_server.process.kill()
         redis_server.process.wait()
         attempts = link.attempts
@@ -152,7 +152,7 @@ async def test_fault_29_a_redis_that_comes_back_is_used_again(redis_server: Any)
         async with asyncio.timeout(20):
             while not link.up:
                 await asyncio.sleep(0.02)
-        await shared.put("av:k", b"answer")
+        await shared.put("av:k", (b"answer",))
         assert await shared.get("av:k") == b"answer"
 
 
@@ -168,7 +168,7 @@ async def test_a_call_that_was_called_off_does_not_spoil_the_next(redis_server: 
     async with linked(redis_server.url) as link:
         shared = SharedCache(link)
         for n in range(20):
-            await shared.put(f"av:{n}", str(n).encode())
+            await shared.put(f"av:{n}", (str(n).encode(),))
         for n in range(20):
             task = asyncio.create_task(shared.get(f"av:{n}"))
             for _ in range(n % 5):
@@ -190,7 +190,7 @@ async def test_two_replicas_make_an_answer_once(redis_server: Any) -> None:
                     made += 1
                     await asyncio.sleep(0.2)
                     answer = b"answer"
-                    await cache.put("av:k", answer)
+                    await cache.put("av:k", (answer,))
             return answer
 
         assert await asyncio.gather(*map(make, caches)) == [b"answer"] * 2
