@@ -39,7 +39,7 @@ def answer_key(bundle_digest: str, lod: str, media_type: str, poses: PoseSequenc
 
 
 Pieces = tuple[bytes, ...]
-"""An answer as it left: joined or cut, it would be copied."""
+"""An answer in blocks that leave as they are: joined or cut, they would be copied each time."""
 
 
 class AnswerCache:

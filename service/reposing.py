@@ -8,7 +8,7 @@ the work at the next batch.
 
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -142,7 +142,7 @@ class Reposing:
                 yield piece
         # Only here: what failed or was broken off is never kept.
         if kept is not None:
-            await self.cache.put(key, tuple(kept))
+            await self.cache.put(key, tuple(_blocks(kept)))
 
     def _shared(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
         """The same, computed once for all who ask at the same time, here or in another replica."""
@@ -185,8 +185,21 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+def _blocks(pieces: list[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of about the size of a slice: thousands of small pieces, kept for long, would riddle the
+    memory with holes."""
+    block: list[bytes] = []
+    for piece in pieces:
+        block.append(piece)
+        if sum(map(len, block)) >= SLICE_BYTES // 2:
+            yield b"".join(block)
+            block = []
+    if block:
+        yield b"".join(block)
+
+
 async def _slices(answer: Pieces) -> AsyncIterator[bytes | memoryview]:
-    """Pieces as they are, of which h11 makes no copy, but long ones in parts: on its way out each is copied."""
+    """Blocks as they are, of which h11 makes no copy, but long ones in parts: on its way out each is copied."""
     for piece in answer:
         if len(piece) <= SLICE_BYTES:
             yield piece
