@@ -36,7 +36,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
     """Serve until told to stop; returns the exit status."""
     set_up_logging()
     if not ask_for_short_slices():  # before there are other threads, which then have them too
-        log.info("this kernel has no short slices: answers come later while all cores compute")
+        log.info("there are no short slices here: answers come later while all cores compute")
     app = create_app(settings)
     # What is there now stays: looking through it for garbage would stop the stream for 0.05 s now and then.
     gc.collect()
