@@ -189,11 +189,13 @@ def _blocks(pieces: list[bytes]) -> Iterator[bytes]:
     """The same bytes in blocks of about the size of a slice: thousands of small pieces, kept for long, would riddle the
     memory with holes."""
     block: list[bytes] = []
+    size = 0
     for piece in pieces:
         block.append(piece)
-        if sum(map(len, block)) >= SLICE_BYTES // 2:
+        size += len(piece)
+        if size >= SLICE_BYTES // 2:
             yield b"".join(block)
-            block = []
+            block, size = [], 0
     if block:
         yield b"".join(block)
 

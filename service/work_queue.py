@@ -176,7 +176,7 @@ class WorkQueue:
             for work in self._live:
                 work.stood_back = True
             return self._gather(self._bulk)
-        self._live_in_a_row = self._live_in_a_row + 1 if self._bulk else 0
+        self._live_in_a_row = self._live_in_a_row + bool(self._live) if self._bulk else 0
         return self._gather(self._live)
 
     def _last_place(self) -> bool:

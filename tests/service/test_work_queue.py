@@ -211,3 +211,20 @@ def test_live_work_stands_back_for_one_bulk_batch_only() -> None:
     assert lines(live_first=True) == "LLLLB" + 6 * "L" + "BB"
     # A bulk batch that runs when they come counts too.
     assert lines(live_first=False) == "B" + 10 * "L" + "BB"
+
+
+def test_asking_in_vain_beside_the_place_that_is_kept_takes_no_turn_from_live_work() -> None:
+    queue = WorkQueue(BUDGET, BATCH_S, places=2, clock=lambda: 0.0)
+    known_speed(queue, 5.0)  # one frame a batch
+    for _ in range(2):
+        queue.add(work(object(), live=True))
+        queue.finished(queue.take(), went_well=False)
+    for _ in range(2):
+        queue.add(work(object()))
+    running = queue.take()
+    assert not running[0].live
+    for _ in range(2 * LIVE_IN_A_ROW):
+        assert not queue.take()
+    queue.finished(running, went_well=False)
+    queue.add(work(object(), live=True))
+    assert queue.take()[0].live
