@@ -15,6 +15,7 @@ from service.avatars import AvatarStore, EngineFactory
 from service.cache import AnswerCache, SharedCache
 from service.engine import OnnxEngine
 from service.engine_room import EngineRoom
+from service.gate import Gate
 from service.jobs import Jobs
 from service.lifecycle import Lifecycle, Traffic, background
 from service.limits import Limits
@@ -76,6 +77,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     guard = Guard(settings.keys_file, settings.allowed_origins, open_access=settings.open_access)
     streams = app.state.streams = Streams(settings, store, room, guard, metrics)
     lifecycle.finishers.append(streams.drain)
+    app.add_middleware(Gate, settings, store, room)
     app.add_middleware(Admission, guard, RateLimiter(settings.requests_per_s, settings.burst_requests, link))
     if settings.allowed_origins:
         app.add_middleware(

@@ -277,6 +277,10 @@ class AvatarStore:
         finally:
             self.preloaded.set()
 
+    def in_memory(self, avatar_id: str) -> Avatar | None:
+        """The avatar of that name, if it is loaded; a look, not a use."""
+        return self._loaded.get(avatar_id)
+
     def loaded(self) -> list[Avatar]:
         """What is in memory, most recently used first."""
         return list(reversed(self._loaded.values()))

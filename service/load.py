@@ -134,8 +134,8 @@ async def _send(stream: AsyncStream, motion: Motion, fps: float, seconds: float)
 async def one_by_one(url: str, avatar: str, motion: Motion, frames: int, count: int) -> Answered:
     """Requests for short sequences, each after the one before."""
     answered = Answered()
-    for _ in range(count):
-        await _request(url, avatar, motion.of_length(frames), answered)
+    for request in _requests(url, avatar, motion, frames, count):
+        await _ask(url, request, answered)
     return answered
 
 
@@ -144,31 +144,41 @@ async def at_a_rate(
 ) -> Answered:
     """Requests for short sequences, `per_s` a second whatever becomes of them; `server` is the process to weigh."""
     answered, tasks = Answered(), set()
+    requests = _requests(url, avatar, motion, frames, int(per_s * seconds))
     began = time.monotonic()
     weighing = asyncio.create_task(_weigh(server, answered))
-    for n in range(int(per_s * seconds)):
+    for n, request in enumerate(requests):
         await asyncio.sleep(began + n / per_s - time.monotonic())
         if time.monotonic() - began > seconds:
             break
         while len(tasks) >= MAX_IN_FLIGHT:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        tasks.add(task := asyncio.create_task(_request(url, avatar, motion.of_length(frames), answered)))
+        tasks.add(task := asyncio.create_task(_ask(url, request, answered)))
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
     weighing.cancel()
     return answered
 
 
-async def _request(url: str, avatar: str, motion: Motion, answered: Answered) -> None:
-    """One request on a connection of its own, from before it is opened to the last byte of the answer.
+def _requests(url: str, avatar: str, motion: Motion, frames: int, count: int) -> list[bytes]:
+    """So many requests, each with a connection of its own, as they are sent.
 
-    Written by hand: with a client library, what is measured under load is mostly that library.
+    Made before, and by hand: the load has the same cores as the server, and with a client library what is measured
+    under load is mostly that library.
     """
-    call = repose_call(avatar, motion.poses, motion.translation, frames_type("q16"), {"lod": "preview"})
+    made = []
+    for _ in range(count):
+        moved = motion.of_length(frames)
+        call = repose_call(avatar, moved.poses, moved.translation, frames_type("q16"), {"lod": "preview"})
+        length = {"Host": urlsplit(url).netloc, "Content-Length": str(len(call.body)), "Connection": "close"}
+        head = [f"POST {call.path}?{urlencode(call.query)} HTTP/1.1", *map(": ".join, (call.headers | length).items())]
+        made.append("\r\n".join([*head, "", ""]).encode() + call.body)
+    return made
+
+
+async def _ask(url: str, request: bytes, answered: Answered) -> None:
+    """One request, from before its connection is opened to the last byte of the answer."""
     address = urlsplit(url)
-    fields = call.headers | {"Host": address.netloc, "Content-Length": str(len(call.body)), "Connection": "close"}
-    head = [f"POST {call.path}?{urlencode(call.query)} HTTP/1.1", *(": ".join(field) for field in fields.items())]
-    request = "\r\n".join([*head, "", ""]).encode() + call.body
     began = time.perf_counter()
     try:
         reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 20)

@@ -22,7 +22,7 @@ from service.errors import (
     PoseShapeInvalid,
     TooManyFrames,
 )
-from service.npz import read_npz
+from service.npz import first_rows, read_npz
 from service.pose_values import (
     ACCEPTED_WIDTHS as ACCEPTED_WIDTHS,
 )
@@ -165,6 +165,11 @@ def parse_npz(
     if translations is not None and translations.ndim == 1:
         translations = translations[None]
     return _sequence(poses, translations, said, options, pelvis, max_frames, warnings)
+
+
+def frames_at_a_glance(body: bytes) -> int | None:
+    """How many frames a posted .npz says it has, if it begins with them uncompressed.  Nothing of it is checked."""
+    return first_rows(body, (*_POSE_KEYS, *_TRANSLATION_KEYS))
 
 
 def _smpl_warnings(arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ async def computing(world: World, avatar: Avatar, room: EngineRoom) -> asyncio.T
 
 @pytest.mark.parametrize("places", [1, 2, 3])
 async def test_every_frame_comes_once_and_in_order(bundle_dir: Path, world: World, places: int) -> None:
-    terms = {"batch_vertex_frames": 5 * V, "parallel_inferences": places}
+    terms = {"batch_vertex_frames": 5 * V, "parallel_inferences": places, "queue_ms": 1000}
     async with opened(bundle_dir, world, **terms) as (room, _, avatar):
 
         async def all_of(frames: int, start: int) -> None:

@@ -1,0 +1,99 @@
+"""What a request for a sequence meets before it is parsed.
+
+Under overload most requests are refused, for nothing but their length.  The beginning of an .npz tells it; to read each
+of them with care would take the time of those that were let in.  It is not to be believed, only good enough to refuse
+by: whoever passes is looked at in full, and may still be refused.
+"""
+
+import hashlib
+import re
+from collections import OrderedDict, deque
+from functools import partial
+
+from pydantic import ValidationError
+from starlette.datastructures import Headers, QueryParams
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import answers
+from service.avatars import AvatarStore
+from service.engine_room import EngineRoom
+from service.errors import AvatarServiceError, Overloaded
+from service.limits import refuse
+from service.poses import frames_at_a_glance
+from service.reposing import SHORT_BYTES
+from service.schemas import ReposeQuery
+from service.settings import Settings
+
+_PATH = re.compile(r"/avatars/([^/]+)/repose")
+REMEMBERED = 4096
+"""Requests that were let in: to the same once more the answer may be at hand, or on its way."""
+
+
+class Gate:
+    """ASGI middleware: refuses short bodies of sequences that the engine room has no time for."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, store: AvatarStore, room: EngineRoom) -> None:
+        self._app, self._store, self._room = app, store, room
+        self._max_frames = settings.max_frames
+        self._short_bytes = min(SHORT_BYTES, settings.max_npz_bytes, settings.max_json_bytes)
+        self._let_in: OrderedDict[bytes, None] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if path is None:
+            return await self._app(scope, receive, send)
+        received: deque[Message] = deque()
+        replay = partial(_receive, received, receive)
+        try:
+            body = await _short_body(receive, received, self._short_bytes)
+        except AvatarServiceError as error:
+            return await refuse(scope, receive, send, error)
+        if body is not None:
+            request = _digest(scope, body)
+            try:
+                if request not in self._let_in:
+                    self._check(path[1], scope, body)
+            except Overloaded as error:
+                return await refuse(scope, replay, send, error)
+            except (AvatarServiceError, ValidationError):
+                pass  # who reads it in full says why it will not do
+            self._remember(request)
+        return await self._app(scope, replay, send)
+
+    def _check(self, avatar_id: str, scope: Scope, body: bytes) -> None:
+        """Raises `Overloaded` if a sequence of that length would be refused now.  Passes what cannot be told."""
+        avatar, frames, headers = self._store.in_memory(avatar_id), frames_at_a_glance(body), Headers(scope=scope)
+        if avatar is None or frames is None or frames > self._max_frames or "if-none-match" in headers:
+            return
+        query = ReposeQuery.model_validate(dict(QueryParams(scope["query_string"])))
+        as_posted = query.every == 1 and query.target_fps is None
+        if as_posted and answers.TABLE[answers.negotiate(headers.get("accept"))].needs_batches:
+            avatar.mesh(query.lod)
+            self._room.check_admission(avatar, query.lod, frames)
+
+    def _remember(self, request: bytes) -> None:
+        self._let_in[request] = None
+        self._let_in.move_to_end(request)
+        if len(self._let_in) > REMEMBERED:
+            self._let_in.popitem(last=False)
+
+
+async def _short_body(receive: Receive, received: deque[Message], most_bytes: int) -> bytes | None:
+    """The whole body if it is short; what was received for that is kept in `received`."""
+    body, more = b"", True
+    while more and len(body) <= most_bytes:
+        message = await receive()
+        received.append(message)
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body if len(body) <= most_bytes else None
+
+
+async def _receive(received: deque[Message], receive: Receive) -> Message:
+    return received.popleft() if received else await receive()
+
+
+def _digest(scope: Scope, body: bytes) -> bytes:
+    """Equal for requests with the same answer; others may have the same one too."""
+    asked = scope["path"], scope["query_string"], Headers(scope=scope).getlist("accept")
+    return hashlib.sha256(repr(asked).encode() + body).digest()
