@@ -77,7 +77,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     guard = Guard(settings.keys_file, settings.allowed_origins, open_access=settings.open_access)
     streams = app.state.streams = Streams(settings, store, room, guard, metrics)
     lifecycle.finishers.append(streams.drain)
-    app.add_middleware(Gate, settings, store, room)
+    app.add_middleware(Gate, settings, store, room, reposing)
     app.add_middleware(Admission, guard, RateLimiter(settings.requests_per_s, settings.burst_requests, link))
     if settings.allowed_origins:
         app.add_middleware(

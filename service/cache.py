@@ -38,8 +38,8 @@ def answer_key(bundle_digest: str, lod: str, media_type: str, poses: PoseSequenc
     return f"av:{SCHEMA}:{bundle_digest}:{kind}:{digest.hexdigest()}"
 
 
-Pieces = tuple[bytes, ...]
-"""An answer in blocks that leave as they are: joined or cut, they would be copied each time."""
+Pieces = tuple[bytes | memoryview, ...]
+"""An answer in blocks of bytes."""
 
 
 class AnswerCache:

@@ -5,9 +5,8 @@ of them with care would take the time of those that were let in.  It is not to b
 by: whoever passes is looked at in full, and may still be refused.
 """
 
-import hashlib
 import re
-from collections import OrderedDict, deque
+from collections import deque
 from functools import partial
 
 from pydantic import ValidationError
@@ -20,23 +19,22 @@ from service.engine_room import EngineRoom
 from service.errors import AvatarServiceError, Overloaded
 from service.limits import refuse
 from service.poses import frames_at_a_glance
-from service.reposing import SHORT_BYTES
+from service.reposing import DIGEST, SHORT_BYTES, Reposing, request_digest
 from service.schemas import ReposeQuery
 from service.settings import Settings
 
 _PATH = re.compile(r"/avatars/([^/]+)/repose")
-REMEMBERED = 4096
-"""Requests that were let in: to the same once more the answer may be at hand, or on its way."""
 
 
 class Gate:
     """ASGI middleware: refuses short bodies of sequences that the engine room has no time for."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, store: AvatarStore, room: EngineRoom) -> None:
-        self._app, self._store, self._room = app, store, room
+    def __init__(
+        self, app: ASGIApp, settings: Settings, store: AvatarStore, room: EngineRoom, reposing: Reposing
+    ) -> None:
+        self._app, self._store, self._room, self._reposing = app, store, room, reposing
         self._max_frames = settings.max_frames
         self._short_bytes = min(SHORT_BYTES, settings.max_npz_bytes, settings.max_json_bytes)
-        self._let_in: OrderedDict[bytes, None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -49,15 +47,14 @@ class Gate:
         except AvatarServiceError as error:
             return await refuse(scope, receive, send, error)
         if body is not None:
-            request = _digest(scope, body)
+            scope[DIGEST] = request_digest(scope, body)
             try:
-                if request not in self._let_in:
+                if not self._reposing.knows(scope[DIGEST]):
                     self._check(path[1], scope, body)
             except Overloaded as error:
                 return await refuse(scope, replay, send, error)
             except (AvatarServiceError, ValidationError):
                 pass  # who reads it in full says why it will not do
-            self._remember(request)
         return await self._app(scope, replay, send)
 
     def _check(self, avatar_id: str, scope: Scope, body: bytes) -> None:
@@ -70,12 +67,6 @@ class Gate:
         if as_posted and answers.TABLE[answers.negotiate(headers.get("accept"))].needs_batches:
             avatar.mesh(query.lod)
             self._room.check_admission(avatar, query.lod, frames)
-
-    def _remember(self, request: bytes) -> None:
-        self._let_in[request] = None
-        self._let_in.move_to_end(request)
-        if len(self._let_in) > REMEMBERED:
-            self._let_in.popitem(last=False)
 
 
 async def _short_body(receive: Receive, received: deque[Message], most_bytes: int) -> bytes | None:
@@ -91,9 +82,3 @@ async def _short_body(receive: Receive, received: deque[Message], most_bytes: in
 
 async def _receive(received: deque[Message], receive: Receive) -> Message:
     return received.popleft() if received else await receive()
-
-
-def _digest(scope: Scope, body: bytes) -> bytes:
-    """Equal for requests with the same answer; others may have the same one too."""
-    asked = scope["path"], scope["query_string"], Headers(scope=scope).getlist("accept")
-    return hashlib.sha256(repr(asked).encode() + body).digest()

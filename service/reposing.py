@@ -6,10 +6,14 @@ a time, so that the event loop stays free, requests share the device fairly, and
 the work at the next batch.
 """
 
+import hashlib
 import math
+import mmap
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,13 +35,29 @@ from service.production import Order, Production, Times, pieces
 from service.schemas import ReposeQuery
 from service.settings import Settings
 
+DIGEST = "reposer.request_digest"
+"""Of the request, in its scope, if its body is short."""
 JSON_TYPES = ("application/json",)
 NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
 MAX_TIMEOUT_S = 24 * 3600
-SLICE_BYTES = 1 << 20
+BLOCK_BYTES, SLICE_BYTES = 512 << 10, 256 << 10
+"""What is kept lies in blocks of that size or more, and leaves in slices."""
+REMEMBERED = 4096
+"""Requests of which is known what they ask for."""
 SHORT_BYTES, SHORT = 96 << 10, 500
 """A body that is parsed in two milliseconds, frames whose key takes one.  A thread needs many times that on a busy
 machine: it waits for Python's lock at every step, and whoever has it waits for a core."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a request asks for, as it was understood."""
+
+    key: str
+    """Of the answer."""
+    media_type: str
+    headers: dict[str, str]
+    """What was applied."""
 
 
 class Reposing:
@@ -49,6 +69,11 @@ class Reposing:
         self._settings, self._store, self._room, self._metrics = settings, store, room, metrics
         self.cache = cache
         self._on_its_way: dict[str, Production] = {}
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()  # by what `request_digest` gives
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether an equal request was read before, so that its answer may be at hand, or on its way."""
+        return digest in self._known
 
     async def answer(self, avatar_id: str, query: ReposeQuery, request: Request) -> Response:
         """Read the poses out of `request` and repose the avatar.
@@ -57,27 +82,27 @@ class Reposing:
             AvatarServiceError: the poses, the avatar or the format asked for will not do; the subclass says why.
         """
         times, deadline = Times(), deadline_of(request.headers)
+        known = await self._recall(avatar_id, request)
+        if known is not None and (answer := self._at_hand(known, request, times)) is not None:
+            return answer
         order = await self.order(avatar_id, query, request, times)
-        key = key_of(order) if len(order.poses) <= SHORT else await to_thread.run_sync(key_of, order)
-        headers = applied(order) | {"ETag": f'"{key.rpartition(":")[2]}"', "Vary": "Accept"}
-        if headers["ETag"] in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
-            return Response(status_code=304, headers=headers)
-        if "no-store" in request.headers.get("cache-control", "").lower():
-            source, headers["X-Cache"] = self._pieces(order, times, deadline), "bypass"
-            headers["Cache-Control"] = "no-store"
+        known = await self._understand(order, request)
+        if (answer := self._at_hand(known, request, times)) is not None:
+            return answer
+        key, headers = known.key, known.headers | {"X-Cache": "miss"}
+        if _no_store(request):
+            source = self._pieces(order, times, deadline)
+            headers |= {"X-Cache": "bypass", "Cache-Control": "no-store"}
         else:
-            began = time.perf_counter()
-            if self.cache.at_hand(key) is None and key not in self._on_its_way:
+            if key not in self._on_its_way:
                 # Before Redis and other replicas are asked: a refusal should cost little.
                 self._check_admission(order)
+            began = time.perf_counter()
             cached = await self.cache.get(key)
             times.add("cache", time.perf_counter() - began)
-            self._metrics.cache.labels("miss" if cached is None else "hit").inc()
             if cached is not None:
-                headers |= {"X-Cache": "hit", "Server-Timing": times.header()}
-                headers["Content-Length"] = str(byte_count(cached))
-                return StreamingResponse(_slices(cached), media_type=order.media_type, headers=headers)
-            headers["X-Cache"] = "miss"
+                return self._hit(cached, known, times)
+            self._metrics.cache.labels("miss").inc()
             size = answers.exact_bytes(order.media_type, order.clip)
             if deadline is None and size is not None and size <= self.cache.max_entry_bytes:
                 source = self._shared(key, order, times)
@@ -93,6 +118,44 @@ class Reposing:
             headers["Content-Length"] = str(size)
         headers["Server-Timing"] = times.header()
         return _Stream(first, source, order.media_type, headers)
+
+    async def _recall(self, avatar_id: str, request: Request) -> _Known | None:
+        """What an equal request was understood to ask for, if the avatar is what it was then."""
+        digest = request.scope.get(DIGEST, b"")
+        known = self._known.get(digest)
+        if known is None:
+            return None
+        self._known.move_to_end(digest)
+        async with self._store.lease(avatar_id) as avatar:
+            return known if avatar.bundle.digest == known.headers["Reposer-Bundle"] else None
+
+    async def _understand(self, order: Order, request: Request) -> _Known:
+        key = key_of(order) if len(order.poses) <= SHORT else await to_thread.run_sync(key_of, order)
+        headers = applied(order) | {"ETag": f'"{hashlib.sha256(key.encode()).hexdigest()}"', "Vary": "Accept"}
+        known = _Known(key, order.media_type, headers)
+        if (digest := request.scope.get(DIGEST)) is not None:
+            self._known[digest] = known
+            self._known.move_to_end(digest)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return known
+
+    def _at_hand(self, known: _Known, request: Request, times: Times) -> Response | None:
+        """The answer that takes no computing, if there is one here."""
+        # A proxy that compresses marks what it has from us as weak.
+        tags = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if known.headers["ETag"] in tags:
+            return Response(status_code=304, headers=known.headers)
+        began = time.perf_counter()
+        cached = None if _no_store(request) else self.cache.at_hand(known.key)
+        times.add("cache", time.perf_counter() - began)
+        return None if cached is None else self._hit(cached, known, times)
+
+    def _hit(self, cached: Pieces, known: _Known, times: Times) -> Response:
+        self._metrics.cache.labels("hit").inc()
+        headers = known.headers | {"X-Cache": "hit", "Server-Timing": times.header()}
+        headers["Content-Length"] = str(byte_count(cached))
+        return StreamingResponse(_slices(cached), media_type=known.media_type, headers=headers)
 
     async def order(
         self, avatar_id: str, query: ReposeQuery, request: Request, times: Times, in_background: bool = False
@@ -185,29 +248,31 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _blocks(pieces: list[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of about the size of a slice: thousands of small pieces, kept for long, would riddle the
-    memory with holes."""
+def _blocks(pieces: list[bytes]) -> Iterator[memoryview]:
+    """The same bytes in blocks, apart from all other memory: what is kept for long would riddle it with holes."""
     block: list[bytes] = []
     size = 0
     for piece in pieces:
         block.append(piece)
         size += len(piece)
-        if size >= SLICE_BYTES // 2:
-            yield b"".join(block)
+        if size >= BLOCK_BYTES:
+            yield _apart(block, size)
             block, size = [], 0
-    if block:
-        yield b"".join(block)
+    if size:
+        yield _apart(block, size)
 
 
-async def _slices(answer: Pieces) -> AsyncIterator[bytes | memoryview]:
-    """Blocks as they are, of which h11 makes no copy, but long ones in parts: on its way out each is copied."""
-    for piece in answer:
-        if len(piece) <= SLICE_BYTES:
-            yield piece
-            continue
-        for start in range(0, len(piece), SLICE_BYTES):
-            yield memoryview(piece)[start : start + SLICE_BYTES]
+def _apart(pieces: list[bytes], size: int) -> memoryview:
+    memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    for piece in pieces:
+        memory.write(piece)
+    return memoryview(memory).toreadonly()
+
+
+async def _slices(answer: Pieces) -> AsyncIterator[memoryview]:
+    for block in map(memoryview, answer):
+        for start in range(0, len(block), SLICE_BYTES):
+            yield block[start : start + SLICE_BYTES]
 
 
 async def _not_empty(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -216,6 +281,13 @@ async def _not_empty(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[
     async for piece in rest:
         if piece:
             yield piece
+
+
+def request_digest(scope: Scope, body: bytes) -> bytes:
+    """The same for requests that ask for the same, and only for them."""
+    headers = Headers(scope=scope)
+    asked = scope["path"], scope["query_string"], headers.getlist("accept"), headers.getlist("content-type")
+    return hashlib.sha256(repr(asked).encode() + b" " + body).digest()
 
 
 def key_of(order: Order) -> str:
@@ -270,6 +342,10 @@ async def read_body(request: Request, limit: int) -> bytes:
             raise too_large
         parts.append(part)
     return b"".join(parts)
+
+
+def _no_store(request: Request) -> bool:
+    return "no-store" in request.headers.get("cache-control", "").lower()
 
 
 def _body_is_json(request: Request) -> bool:

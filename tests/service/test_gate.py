@@ -1,6 +1,10 @@
 """The gate: what is refused for its length is refused before it is parsed, and nothing else is refused there."""
 
+import asyncio
 import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -9,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service import gate, reposing
+from service import reposing
 from service.answers import FRAMES, SKINNED
 from service.errors import Overloaded
 from service.poses import frames_at_a_glance
@@ -133,6 +137,64 @@ async def test_what_was_let_in_before_is_looked_for_again(
         assert not parsed  # none of these is the same request
 
 
+async def test_the_same_request_again_is_not_parsed_again(serve: Any, parsed: list[int]) -> None:
+    body = packed(poses=poses(9))
+    async with serve() as client:
+        first, again = [await post(client, body) for _ in range(2)]
+        assert (again.status_code, again.headers["X-Cache"], again.content) == (200, "hit", first.content)
+        mine = {"x-cache", "server-timing", "x-request-id"}
+        told, told_again = [{k: v for k, v in answer.headers.items() if k not in mine} for answer in (first, again)]
+        assert told == told_again
+        known = await post(client, body, **{"If-None-Match": f'"other", W/{first.headers["ETag"]}'})
+        assert (known.status_code, known.headers["ETag"]) == (304, first.headers["ETag"])
+        assert parsed == [9]
+        # What differs in more than the time of its asking is read.
+        computed = await post(client, body, **{"Cache-Control": "no-store"})
+        assert (computed.headers["X-Cache"], computed.content) == ("bypass", first.content)
+        assert (await post(client, body, **{"Content-Type": "application/json"})).status_code == 400
+        assert (await post(client, body, **{"X-Deadline-Ms": "no"})).status_code == 422
+        assert (await post(client, packed(poses=poses(9), fps=60))).headers["Reposer-Fps"] == "60"
+        assert (await post(client, body, "?up_axis=z")).headers["Reposer-Up-Axis"] == "z"
+        assert parsed == [9] * 4
+
+
+async def test_what_is_known_of_a_request_ends_with_the_avatar_it_was_for(serve: Any, parsed: list[int]) -> None:
+    body = packed(poses=poses(9))
+    async with serve() as client:
+        first = await post(client, body)
+        avatar = client.app.state.store.in_memory("tiny")
+        avatar.bundle = replace(avatar.bundle, digest="0" * 64)
+        again = await post(client, body)
+        assert (again.headers["X-Cache"], again.headers["Reposer-Bundle"]) == ("miss", "0" * 64)
+        assert again.headers["ETag"] != first.headers["ETag"]
+        assert (await post(client, body, **{"If-None-Match": first.headers["ETag"]})).status_code == 200
+        assert parsed == [9, 9]
+        client.app.state.store.give_up(avatar)
+        assert (await post(client, body)).status_code == 503
+
+
+async def test_what_is_on_its_way_is_waited_for_however_busy_it_is(busy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, go_on = packed(poses=poses(9)), asyncio.Event()
+
+    @asynccontextmanager
+    async def turn(_: str) -> AsyncIterator[None]:
+        await go_on.wait()
+        yield None
+
+    async with busy() as client:
+        monkeypatch.setattr(client.app.state.reposing.cache, "turn", turn)
+        with monkeypatch.context() as idle:
+            idle.setattr(client.app.state.room, "check_admission", lambda *_: None)
+            first = asyncio.create_task(post(client, body))
+            while not client.app.state.reposing._on_its_way:
+                await asyncio.sleep(0.001)
+        second = asyncio.create_task(post(client, body))
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        go_on.set()
+        assert [(await answer).status_code for answer in (first, second)] == [200, 200]
+
+
 async def test_whoever_has_the_answer_is_told_so_however_busy_it_is(busy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     long = packed(poses=poses(9))
     async with busy() as client:
@@ -144,7 +206,7 @@ async def test_whoever_has_the_answer_is_told_so_however_busy_it_is(busy: Any, m
 
 
 async def test_only_so_many_requests_are_remembered(busy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "REMEMBERED", 2)
+    monkeypatch.setattr(reposing, "REMEMBERED", 2)
     bodies = [packed(poses=np.full((9, 72), 0.1 * n, np.float32)) for n in range(3)]
     async with busy() as client:
         with monkeypatch.context() as idle:

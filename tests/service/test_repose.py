@@ -383,9 +383,9 @@ async def test_a_refusal_asks_neither_redis_nor_another_replica(serve: Any, monk
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [10, 0, 20], [400_000] * 7, [1, 3_000_000, 5]])
-def test_what_is_kept_lies_in_blocks_that_leave_uncut(sizes: list[int]) -> None:
+def test_what_is_kept_lies_in_blocks(sizes: list[int]) -> None:
     pieces = [np.random.default_rng(n).bytes(size) for n, size in enumerate(sizes)]
     blocks = list(reposing._blocks(pieces))
     assert b"".join(blocks) == b"".join(pieces)
-    assert all(len(block) >= reposing.SLICE_BYTES // 2 for block in blocks[:-1])
-    assert len(blocks) <= 1 + sum(sizes) // (reposing.SLICE_BYTES // 2)
+    assert all(len(block) >= reposing.BLOCK_BYTES and block.readonly for block in blocks[:-1])
+    assert len(blocks) <= 1 + sum(sizes) // reposing.BLOCK_BYTES
