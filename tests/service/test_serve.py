@@ -16,8 +16,9 @@ import httpx
 import numpy as np
 import pytest
 
-from service import scheduling
+from service import scheduling, serve
 from service.frames import decode_stream
+from service.settings import Settings
 
 END_S = 60.0
 """Generous: the machine of a test may be slow."""
@@ -126,6 +127,28 @@ def test_an_idle_server_ends_at_once(start: Start) -> None:
 def test_fault_28_a_gpu_that_is_required_and_missing_ends_the_process_with_70(start: Start) -> None:
     server, _ = start("--cpu", REPOSER_REQUIRE_GPU="1")
     assert server.wait(END_S) == 70
+
+
+def test_no_byte_waits_for_those_before_it_to_be_acknowledged(
+    bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would for up to 40 ms, where the kernel gathers small pieces and the client's is slow to acknowledge."""
+    at_once = []
+
+    def run(_: serve._Server, sockets: list[socket.socket]) -> None:
+        (listening,) = sockets
+        with listening:
+            listening.listen()
+            with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+                at_once.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(serve._Server, "run", run)
+    # These would change the process that the tests run in.
+    monkeypatch.setattr(serve, "set_up_logging", lambda: None)
+    monkeypatch.setattr(serve, "ask_for_short_slices", lambda: True)
+    monkeypatch.setattr(serve.gc, "freeze", lambda: None)
+    serve.serve(Settings(bundle_dir=bundle_dir, jobs_dir=tmp_path / "jobs"), "127.0.0.1", 0)
+    assert at_once == [1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities and slices of threads")
