@@ -42,7 +42,7 @@ NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-strea
 MAX_TIMEOUT_S = 24 * 3600
 BLOCK_BYTES, SLICE_BYTES = 512 << 10, 256 << 10
 """What is kept lies in blocks of that size or more, and leaves in slices."""
-REMEMBERED = 4096
+REMEMBERED = 1024
 """Requests of which is known what they ask for."""
 SHORT_BYTES, SHORT = 96 << 10, 500
 """A body that is parsed in two milliseconds, frames whose key takes one.  A thread needs many times that on a busy
@@ -248,18 +248,21 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _blocks(pieces: list[bytes]) -> Iterator[memoryview]:
-    """The same bytes in blocks, apart from all other memory: what is kept for long would riddle it with holes."""
-    block: list[bytes] = []
-    size = 0
+def _blocks(pieces: list[bytes]) -> Iterator[bytes | memoryview]:
+    """The same bytes in blocks, large ones apart from all other memory: what is kept for long would riddle it with
+    holes.  Only large ones, as the system bounds how many there are."""
+    blocks: list[list[bytes]] = [[]]
+    sizes = [0]
     for piece in pieces:
-        block.append(piece)
-        size += len(piece)
-        if size >= BLOCK_BYTES:
-            yield _apart(block, size)
-            block, size = [], 0
-    if size:
-        yield _apart(block, size)
+        if sizes[-1] >= BLOCK_BYTES:
+            blocks.append([])
+            sizes.append(0)
+        blocks[-1].append(piece)
+        sizes[-1] += len(piece)
+    if sizes[-1] < BLOCK_BYTES and len(blocks) > 1:
+        blocks[-2:], sizes[-2:] = [blocks[-2] + blocks[-1]], [sizes[-2] + sizes[-1]]
+    for block, size in zip(blocks, sizes, strict=True):
+        yield _apart(block, size) if size >= BLOCK_BYTES else b"".join(block)
 
 
 def _apart(pieces: list[bytes], size: int) -> memoryview:
