@@ -27,6 +27,7 @@ from service.formats.usd import encode_usd
 
 FRAMES, NPZ, NDJSON = frames.MEDIA_TYPE, "application/x-npz", "application/x-ndjson"
 FRAMES_Q16, FRAMES_Q16D = f"{FRAMES};codec=q16", f"{FRAMES};codec=q16d"
+FRAME_STREAMS = (FRAMES, FRAMES_Q16, FRAMES_Q16D)
 MAX_NDJSON_VERTEX_FRAMES = 200_000
 """About 8 MB of text; numbers as text cost ten times what they cost as bytes, in time too."""
 

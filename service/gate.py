@@ -2,24 +2,27 @@
 
 Under overload most requests are refused, for nothing but their length.  The beginning of an .npz tells it; to read each
 of them with care would take the time of those that were let in.  It is not to be believed, only good enough to refuse
-by: whoever passes is looked at in full, and may still be refused.
+by: whoever passes is looked at in full, and may still be refused.  The same poses written in another way have the same
+answer, but only who reads them knows: under overload only the same request, byte for byte, is given what is at hand.
 """
 
 import re
+import time
 from collections import deque
 from functools import partial
 
 from pydantic import ValidationError
 from starlette.datastructures import Headers, QueryParams
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import answers
 from service.avatars import AvatarStore
 from service.engine_room import EngineRoom
-from service.errors import AvatarServiceError, Overloaded
+from service.errors import AvatarServiceError, Overloaded, as_problem
 from service.limits import refuse
 from service.poses import frames_at_a_glance
-from service.reposing import DIGEST, SHORT_BYTES, Reposing, request_digest
+from service.reposing import ARRIVED, DIGEST, SHORT_BYTES, Reposing, deadline_of, is_npz, request_digest
 from service.schemas import ReposeQuery
 from service.settings import Settings
 
@@ -40,31 +43,38 @@ class Gate:
         path = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if path is None:
             return await self._app(scope, receive, send)
-        received: deque[Message] = deque()
+        headers, received = Headers(scope=scope), deque[Message]()
         replay = partial(_receive, received, receive)
+        scope[ARRIVED] = time.monotonic()
+        announced = headers.get("content-length", "0")
         try:
-            body = await _short_body(receive, received, self._short_bytes)
+            short = announced.isdecimal() and int(announced) <= self._short_bytes
+            body = await _short_body(receive, received, self._short_bytes) if short else None
         except AvatarServiceError as error:
             return await refuse(scope, receive, send, error)
         if body is not None:
             scope[DIGEST] = request_digest(scope, body)
             try:
-                if not self._reposing.knows(scope[DIGEST]):
-                    self._check(path[1], scope, body)
+                if not self._reposing.has_at_hand(scope[DIGEST]):
+                    self._check(path[1], scope, headers, body)
             except Overloaded as error:
-                return await refuse(scope, replay, send, error)
+                response = await as_problem(HTTPConnection(scope), error)
+                return await response(scope, replay, send)
             except (AvatarServiceError, ValidationError):
                 pass  # who reads it in full says why it will not do
         return await self._app(scope, replay, send)
 
-    def _check(self, avatar_id: str, scope: Scope, body: bytes) -> None:
-        """Raises `Overloaded` if a sequence of that length would be refused now.  Passes what cannot be told."""
-        avatar, frames, headers = self._store.in_memory(avatar_id), frames_at_a_glance(body), Headers(scope=scope)
+    def _check(self, avatar_id: str, scope: Scope, headers: Headers, body: bytes) -> None:
+        """Raises `Overloaded` if a sequence of that length would be refused now, and for nothing else; passes what it
+        cannot tell."""
+        avatar, frames = self._store.in_memory(avatar_id), frames_at_a_glance(body)
         if avatar is None or frames is None or frames > self._max_frames or "if-none-match" in headers:
             return
         query = ReposeQuery.model_validate(dict(QueryParams(scope["query_string"])))
         as_posted = query.every == 1 and query.target_fps is None
-        if as_posted and answers.TABLE[answers.negotiate(headers.get("accept"))].needs_batches:
+        deadline_of(headers)
+        # Other formats are bounded in ways of their own.
+        if as_posted and is_npz(headers) and answers.negotiate(headers.get("accept")) in answers.FRAME_STREAMS:
             avatar.mesh(query.lod)
             self._room.check_admission(avatar, query.lod, frames)
 

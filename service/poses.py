@@ -169,7 +169,7 @@ def parse_npz(
 
 def frames_at_a_glance(body: bytes) -> int | None:
     """How many frames a posted .npz says it has, if it begins with them uncompressed.  Nothing of it is checked."""
-    return first_rows(body, (*_POSE_KEYS, *_TRANSLATION_KEYS))
+    return first_rows(body, _POSE_KEYS)
 
 
 def _smpl_warnings(arrays: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:

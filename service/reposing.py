@@ -35,8 +35,8 @@ from service.production import Order, Production, Times, pieces
 from service.schemas import ReposeQuery
 from service.settings import Settings
 
-DIGEST = "reposer.request_digest"
-"""Of the request, in its scope, if its body is short."""
+DIGEST, ARRIVED = "reposer.request_digest", "reposer.arrived_s"
+"""In the scope: what the request is known by, if its body is short; when its head was there, on the monotonic clock."""
 JSON_TYPES = ("application/json",)
 NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
 MAX_TIMEOUT_S = 24 * 3600
@@ -71,9 +71,10 @@ class Reposing:
         self._on_its_way: dict[str, Production] = {}
         self._known: OrderedDict[bytes, _Known] = OrderedDict()  # by what `request_digest` gives
 
-    def knows(self, digest: bytes) -> bool:
-        """Whether an equal request was read before, so that its answer may be at hand, or on its way."""
-        return digest in self._known
+    def has_at_hand(self, digest: bytes) -> bool:
+        """Whether the answer to the request that is known by this is here, or on its way."""
+        known = self._known.get(digest)
+        return known is not None and (known.key in self._on_its_way or self.cache.at_hand(known.key) is not None)
 
     async def answer(self, avatar_id: str, query: ReposeQuery, request: Request) -> Response:
         """Read the poses out of `request` and repose the avatar.
@@ -81,12 +82,12 @@ class Reposing:
         Raises:
             AvatarServiceError: the poses, the avatar or the format asked for will not do; the subclass says why.
         """
-        times, deadline = Times(), deadline_of(request.headers)
+        times, deadline = Times(), deadline_of(request.headers, request.scope.get(ARRIVED))
         known = await self._recall(avatar_id, request)
         if known is not None and (answer := self._at_hand(known, request, times)) is not None:
             return answer
         order = await self.order(avatar_id, query, request, times)
-        known = await self._understand(order, request)
+        known = await _understood(order)
         if (answer := self._at_hand(known, request, times)) is not None:
             return answer
         key, headers = known.key, known.headers | {"X-Cache": "miss"}
@@ -97,6 +98,8 @@ class Reposing:
             if key not in self._on_its_way:
                 # Before Redis and other replicas are asked: a refusal should cost little.
                 self._check_admission(order)
+            # Those that were refused are not remembered: they would drive out those that have an answer.
+            self._remember(request, known)
             began = time.perf_counter()
             cached = await self.cache.get(key)
             times.add("cache", time.perf_counter() - began)
@@ -125,20 +128,15 @@ class Reposing:
         known = self._known.get(digest)
         if known is None:
             return None
-        self._known.move_to_end(digest)
         async with self._store.lease(avatar_id) as avatar:
             return known if avatar.bundle.digest == known.headers["Reposer-Bundle"] else None
 
-    async def _understand(self, order: Order, request: Request) -> _Known:
-        key = key_of(order) if len(order.poses) <= SHORT else await to_thread.run_sync(key_of, order)
-        headers = applied(order) | {"ETag": f'"{hashlib.sha256(key.encode()).hexdigest()}"', "Vary": "Accept"}
-        known = _Known(key, order.media_type, headers)
+    def _remember(self, request: Request, known: _Known) -> None:
         if (digest := request.scope.get(DIGEST)) is not None:
             self._known[digest] = known
             self._known.move_to_end(digest)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
-        return known
 
     def _at_hand(self, known: _Known, request: Request, times: Times) -> Response | None:
         """The answer that takes no computing, if there is one here."""
@@ -149,7 +147,10 @@ class Reposing:
         began = time.perf_counter()
         cached = None if _no_store(request) else self.cache.at_hand(known.key)
         times.add("cache", time.perf_counter() - began)
-        return None if cached is None else self._hit(cached, known, times)
+        if cached is None:
+            return None
+        self._remember(request, known)
+        return self._hit(cached, known, times)
 
     def _hit(self, cached: Pieces, known: _Known, times: Times) -> Response:
         self._metrics.cache.labels("hit").inc()
@@ -298,8 +299,17 @@ def key_of(order: Order) -> str:
     return answer_key(order.avatar.bundle.digest, order.lod, order.media_type, order.poses)
 
 
-def deadline_of(headers: Headers) -> float | None:
+async def _understood(order: Order) -> _Known:
+    key = key_of(order) if len(order.poses) <= SHORT else await to_thread.run_sync(key_of, order)
+    headers = applied(order) | {"ETag": f'"{hashlib.sha256(key.encode()).hexdigest()}"', "Vary": "Accept"}
+    return _Known(key, order.media_type, headers)
+
+
+def deadline_of(headers: Headers, arrived_s: float | None = None) -> float | None:
     """When the client stops waiting, on the clock of `time.monotonic`: the earlier one, if there are two.
+
+    Args:
+        arrived_s: when the head of the request was there; None: now.
 
     Raises:
         OptionInvalid: a time that is not a number above zero.
@@ -313,7 +323,7 @@ def deadline_of(headers: Headers) -> float | None:
                 seconds = math.nan
             if not 0 < seconds <= MAX_TIMEOUT_S:
                 raise OptionInvalid(f"expected {name} to be above 0 and at most a day")
-            deadlines.append(time.monotonic() + seconds)
+            deadlines.append((time.monotonic() if arrived_s is None else arrived_s) + seconds)
     return min(deadlines, default=None)
 
 
@@ -351,10 +361,19 @@ def _no_store(request: Request) -> bool:
     return "no-store" in request.headers.get("cache-control", "").lower()
 
 
+def is_npz(headers: Headers) -> bool:
+    """Whether the body is said to be an archive of arrays."""
+    return _content_type(headers) in NPZ_TYPES
+
+
+def _content_type(headers: Headers) -> str:
+    return headers.get("content-type", "").split(";")[0].strip().lower()
+
+
 def _body_is_json(request: Request) -> bool:
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("expected a body without Content-Encoding")
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    content_type = _content_type(request.headers)
     if content_type not in JSON_TYPES + NPZ_TYPES:
         expected = ", ".join(JSON_TYPES + NPZ_TYPES)
         raise UnsupportedMedia(f"expected a Content-Type among {expected}, got {content_type[:60]!r}")
