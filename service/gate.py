@@ -48,7 +48,7 @@ class Gate:
         scope[ARRIVED] = time.monotonic()
         announced = headers.get("content-length", "0")
         try:
-            short = announced.isdecimal() and int(announced) <= self._short_bytes
+            short = announced.isdecimal() and len(announced) < 10 and int(announced) <= self._short_bytes
             body = await _short_body(receive, received, self._short_bytes) if short else None
         except AvatarServiceError as error:
             return await refuse(scope, receive, send, error)
