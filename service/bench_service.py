@@ -190,6 +190,7 @@ def _frame_bytes(bundle: Bundle) -> int:
 def stream_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes) -> list[Row]:
     """One live stream, and the engine's frames at the same rate, in turns."""
     avatar, delays, frames = engine.bundle.manifest.id, [], []
+    ticks = _processor_ticks()
     for _ in range(sizes.repeats):
         frames += engine.paced_seconds(motion.of_length(math.ceil(LIVE_FPS * sizes.stream_s)), "preview", LIVE_FPS)
         (received,) = asyncio.run(load.live_streams(server.url, avatar, motion, 1, LIVE_FPS, sizes.stream_s))
@@ -203,6 +204,7 @@ def stream_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes
         # The first is what was promised; the second leaves out what the machine does to the engine too.
         row("ws_live_p99_overhead_ms", 1000 * _p99(delays) - engine_ms, "ms", 5.0, at_least=False),
         row("ws_live_p99_over_engine_p99_ms", 1000 * (_p99(delays) - _p99(frames)), "ms"),
+        row("ws_host_steal_pct", _steal_pct(ticks), "%"),
     ]
 
 
@@ -229,7 +231,7 @@ def overload_rows(server: Server, avatar: str, motion: Motion, sizes: Sizes) -> 
         raise RuntimeError(f"the service does not answer: {calm.failed[:1]}")
     before = load.resident_bytes(server.process.pid)
     rate = sizes.overload / median(calm.accepted)
-    frames, process = sizes.request_frames, server.process.pid
+    frames, process, ticks = sizes.request_frames, server.process.pid, _processor_ticks()
     busy = asyncio.run(load.at_a_rate(server.url, avatar, motion, frames, rate, sizes.overload_s, process))
     for failure in sorted(set(busy.failed))[:5]:
         print(f"failed under overload: {failure}", file=sys.stderr)
@@ -246,6 +248,7 @@ def overload_rows(server: Server, avatar: str, motion: Motion, sizes: Sizes) -> 
         row("overload_refusal_ms", refusal_ms, "ms", 20.0, at_least=False),
         row("rss_growth_pct", growth, "%", 10.0, at_least=False),
         row("overload_crashes", crashes, "failures", 0, at_least=False),
+        row("overload_host_steal_pct", _steal_pct(ticks), "%"),
     ]
 
 
@@ -311,6 +314,20 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _processor_ticks() -> list[int]:
+    """What all cores have done so far, by kind; the eighth is what their host took away.  Linux only, else empty."""
+    try:
+        return [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    except OSError:
+        return []
+
+
+def _steal_pct(before: list[int]) -> float | None:
+    """Of the time that the cores could have worked: what a machine that is not ours alone lost to others since."""
+    spent = np.subtract(_processor_ticks(), before)
+    return 100 * float(spent[7] / spent.sum()) if len(spent) else None
 
 
 def _p99(values: list[float]) -> float:

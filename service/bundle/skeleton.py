@@ -22,6 +22,10 @@ SMPL_JOINT_NAMES = (
 SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 LEG_OPENING_RAD = np.pi / 6
 """The canonical pose opens each leg of the T-pose by this angle, as SNARF does."""
+_AT_ONCE = 2048
+"""Vectors whose matrices are computed together: what the caches of a core hold."""
+_TINY = 1e-60
+"""Keeps the angle above zero, and changes none that float64 could tell from zero."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +100,24 @@ class Skeleton:
 
 def axis_angle_to_matrix(axis_angle: NDArray[np.floating]) -> NDArray[np.float64]:
     """Rotation matrices (..., 3, 3) of axis-angle vectors (..., 3), radians (Rodrigues)."""
-    vector = np.asarray(axis_angle, np.float64)
-    angle = np.sqrt(np.einsum("...i,...i->...", vector, vector))
-    # np.sinc(t) = sin(pi t) / (pi t), so both factors stay finite at angle 0.
-    first = np.sinc(angle / np.pi)
-    half = np.sinc(angle / (2 * np.pi))
-    x, y, z = np.moveaxis(vector, -1, 0)
-    # cos(angle) 1 + first [v]x + second v v^T, entry by entry: matrix products of 3 x 3 cost ten times as much.
-    second = 0.5 * half * half
-    matrix = np.empty((*vector.shape, 3))
-    cosine = np.cos(angle)
-    for row, (a, turns) in enumerate(((x, (None, -z, y)), (y, (z, None, -x)), (z, (-y, x, None)))):
-        scaled = second * a
-        for column, (b, turn) in enumerate(zip((x, y, z), turns, strict=True)):
-            matrix[..., row, column] = scaled * b + (cosine if turn is None else first * turn)
-    return matrix
+    vectors = np.asarray(axis_angle, np.float64)
+    flat = vectors.reshape(-1, 3)
+    matrices = np.empty((len(flat), 9))
+    for start in range(0, len(flat), _AT_ONCE):
+        rows = np.ascontiguousarray(flat[start : start + _AT_ONCE].T)  # NumPy is fast along long rows only
+        angle = np.sqrt(np.einsum("ij,ij->j", rows, rows) + _TINY)
+        half = 0.5 * angle
+        half_sinc = np.sin(half) / half
+        # cos(angle) 1 + [first]x + second v^T, where first = sin(angle) / angle v
+        x, y, z = rows * (np.sin(angle) / angle)
+        second = rows * (0.5 * half_sinc * half_sinc)
+        entries = (second[:, None] * rows).reshape(9, -1)
+        entries[::4] += np.cos(angle)
+        entries[5] -= x
+        entries[7] += x
+        entries[2] += y
+        entries[6] -= y
+        entries[1] -= z
+        entries[3] += z
+        matrices[start : start + _AT_ONCE] = entries.T
+    return matrices.reshape(*vectors.shape, 3)

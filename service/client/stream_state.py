@@ -45,6 +45,7 @@ class StreamState:
         self._last_seq: int | None = None
         self._unanswered: deque[tuple[int, bytes]] = deque()
         self._end_said = False
+        self._in_use = 0, 0  # the connection, which are counted from 1, and the seq
         self._decoder = FrameDecoder()
 
     @property
@@ -127,13 +128,18 @@ class StreamState:
                 self.ended = document["type"] == "end"
         return []
 
-    def taken(self) -> tuple[Frame | ClientError, list[str | bytes]]:
-        """The next of the inbox, and what to answer."""
+    def taken(self) -> Frame | ClientError:
+        """The next of the inbox."""
         connection, item = self.inbox.popleft()
+        if isinstance(item, Frame) and not self._complete:
+            self._in_use = connection, item.seq
+        return item
+
+    def used(self) -> list[str | bytes]:
+        """Whoever took an item is done with it; what to say."""
+        (connection, seq), self._in_use = self._in_use, (0, 0)
         # A new connection counts its own frames only.
-        if isinstance(item, Frame) and connection == self._connection and not self._complete:
-            return item, [_text(type="ack", seq=item.seq)]
-        return item, []
+        return [_text(type="ack", seq=seq)] if connection == self._connection else []
 
     def _put(self, item: Frame | ClientError) -> None:
         self.inbox.append((self._connection, item))

@@ -79,17 +79,20 @@ class Stream:
     def receive(self, timeout_s: float | None = None) -> Frame | None:
         """The next frame; None after the end.
 
+        To come for it says that the one before is done with: in live mode the service computes no more than `window`
+        frames ahead of that.
+
         Raises:
             TimeoutError: no frame within `timeout_s`.
             PoseRefused, AvatarChanged: the stream goes on.
             StreamClosed, Refused, ConnectionLost: it does not.
         """
+        self._send(self._state.used())
         while not self._state.inbox:
             if self._state.ended:
                 return None
             self._pump(timeout_s)
-        item, answers = self._state.taken()
-        self._send(answers)
+        item = self._state.taken()
         if isinstance(item, ClientError):
             raise item
         return item

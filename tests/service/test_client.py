@@ -271,13 +271,14 @@ def test_addresses_say_where_to_go_on() -> None:
     assert live.address() == "wss://it/prefix/avatars/open/stream?mode=live&last_seq=7&bundle=b"
 
 
-def test_live_acknowledges_what_is_used_and_only_to_the_connection_it_came_from() -> None:
+def test_live_acknowledges_what_was_used_once_and_only_to_the_connection_it_came_from() -> None:
     live = state("live")
-    assert live.received(frame(0)) == live.received(frame(1)) == []
-    item, answers = live.taken()
-    assert (isinstance(item, Frame), answers) == (True, ['{"type":"ack","seq":0}'])
-    assert live.connected(json.dumps(HELLO)) == []
-    assert live.taken()[1] == []
+    assert live.used() == live.received(frame(0)) == live.received(frame(1)) == []
+    assert isinstance(live.taken(), Frame)
+    assert live.used() == ['{"type":"ack","seq":0}']
+    assert live.used() == []
+    live.taken()
+    assert live.connected(json.dumps(HELLO)) == live.used() == []
 
 
 def test_complete_sends_again_what_has_no_answer() -> None:
@@ -285,6 +286,8 @@ def test_complete_sends_again_what_has_no_answer() -> None:
     sent = [complete.pose(np.zeros(72), None, 0)[1] for _ in range(2)]
     assert not complete.has_credit
     assert complete.received(frame(0)) == ['{"type":"ack","seq":0}']
+    complete.taken()
+    assert complete.used() == []
     assert complete.has_credit
     sent.append(complete.pose(np.zeros((24, 3, 3)), None, 0)[1])
     assert isinstance(sent[2], str)  # no room for matrices in a binary pose
@@ -296,7 +299,7 @@ def test_complete_sends_again_what_has_no_answer() -> None:
 def test_another_bundle_after_a_reconnect_is_told_once() -> None:
     live = state("live")
     live.connected(json.dumps(HELLO | {"bundle": "c"}))
-    assert isinstance(live.taken()[0], AvatarChanged)
+    assert isinstance(live.taken(), AvatarChanged)
     assert not live.inbox
 
 

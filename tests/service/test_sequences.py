@@ -57,7 +57,7 @@ def test_a_long_one_does_not_shut_out_short_ones(sequences: Sequences) -> None:
 
 def test_asking_changes_nothing_and_those_who_ended_are_forgotten(sequences: Sequences) -> None:
     with sequences.admitted(AVATAR, "preview", 100) as one:
-        one.frames_left = 50
+        one.frames_left = int(100 * MOST_DELAY)
         for _ in range(5):
             sequences.check(AVATAR, "preview", 100)
         assert one.delay_s == 0
