@@ -273,12 +273,14 @@ def test_addresses_say_where_to_go_on() -> None:
 
 def test_live_acknowledges_what_was_used_once_and_only_to_the_connection_it_came_from() -> None:
     live = state("live")
-    assert live.used() == live.received(frame(0)) == live.received(frame(1)) == []
+    assert live.used() == live.received(frame(0)) == live.received(frame(1)) == live.received(frame(2)) == []
     assert isinstance(live.taken(), Frame)
     assert live.used() == ['{"type":"ack","seq":0}']
     assert live.used() == []
     live.taken()
     assert live.connected(json.dumps(HELLO)) == live.used() == []
+    live.taken()
+    assert live.used() == []
 
 
 def test_complete_sends_again_what_has_no_answer() -> None:

@@ -96,3 +96,13 @@ def test_canonical_joints_are_the_recursion_s(skeleton: Skeleton) -> None:
 def test_axis_angle_is_the_exponential(angle: float) -> None:
     vector = angle * np.array([0.6, -0.48, 0.64])
     np.testing.assert_allclose(axis_angle_to_matrix(vector), rotation_by_exponential(vector), rtol=0, atol=1e-9)
+
+
+def test_of_many_vectors_each_gets_the_matrix_that_it_has_alone() -> None:
+    vectors = np.random.default_rng(0).normal(0, 1, (230, 9, 3))  # more than are computed together
+    matrices = axis_angle_to_matrix(vectors)
+    for at in ((0, 0), (113, 8), (227, 4), (227, 5), (229, 8)):
+        np.testing.assert_allclose(matrices[at], axis_angle_to_matrix(vectors[at]), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        matrices @ matrices.swapaxes(-1, -2), np.broadcast_to(np.eye(3), matrices.shape), atol=1e-14
+    )
