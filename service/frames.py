@@ -187,7 +187,9 @@ class FrameDecoder:
                 quantised = np.frombuffer(data, "<u2", 3 * count, HEADER_BYTES).reshape(count, 3)
             else:
                 quantised = self._undo_difference(data, count, half_extent, key=bool(flags & KEY))
-            vertices = (root + (quantised * (2 * half_extent / 65535) - half_extent)).astype(np.float32)
+            vertices = quantised.astype(np.float32)
+            vertices *= np.float32(2 * half_extent / 65535)
+            _subtract(vertices, np.float32(half_extent) - root, vertices)
         return Frame(
             codec=codec,
             seq=seq,

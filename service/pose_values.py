@@ -75,7 +75,7 @@ def to_matrices(
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if rotation == "axis_angle":
             limit = MAX_ANGLE_TO_NORMALISE_RAD if normalize else MAX_ANGLE_RAD
-            wild = ~(np.linalg.norm(joints, axis=-1) <= limit)
+            wild = ~(np.einsum("...i,...i->...", joints, joints) <= limit * limit)
             _refuse(wild, PoseOutOfRange, "an angle above 4 pi", frames)
             return axis_angle_to_matrix(joints)
         if rotation == "quat_wxyz":

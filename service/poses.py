@@ -248,8 +248,10 @@ def _sequence(
     check_finite(moved, None, frames)
     check_translations(moved, frames)
 
-    rotations = np.tile(np.eye(3), (len(joints), 24, 1, 1))
-    rotations[:, first : first + used] = to_matrices(joints, rotation, options.normalize, frames)
+    rotations = to_matrices(joints, rotation, options.normalize, frames)
+    if used < 24:
+        rotations, some = np.tile(np.eye(3), (len(joints), 24, 1, 1)), rotations
+        rotations[:, first : first + used] = some
     rotations, moved = resample(rotations, moved, selection)
     turn = _CAMERA_TO_WORLD if frame == "camera" else _Z_UP_TO_Y_UP if up_axis == "z" else None
     if turn is not None:
