@@ -327,7 +327,7 @@ def _processor_ticks() -> list[int]:
 def _steal_pct(before: list[int]) -> float | None:
     """Of the time that the cores could have worked: what a machine that is not ours alone lost to others since."""
     spent = np.subtract(_processor_ticks(), before)
-    return 100 * float(spent[7] / spent.sum()) if len(spent) else None
+    return 100 * float(spent[7] / spent.sum()) if spent.any() else None
 
 
 def _p99(values: list[float]) -> float:

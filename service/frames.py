@@ -189,7 +189,8 @@ class FrameDecoder:
                 quantised = self._undo_difference(data, count, half_extent, key=bool(flags & KEY))
             vertices = quantised.astype(np.float32)
             vertices *= np.float32(2 * half_extent / 65535)
-            _subtract(vertices, np.float32(half_extent) - root, vertices)
+            vertices -= np.float32(half_extent)
+            _subtract(vertices, -root, vertices)
         return Frame(
             codec=codec,
             seq=seq,

@@ -108,6 +108,8 @@ class AsyncStream:
             await self._take_in()
             while self._state.inbox:
                 yield await self._next()
+                # Said here, not with the next frame: within the window, that one may be waiting for it.
+                await self._send(self._state.used())
         await self.end()
         while (frame := await self.receive()) is not None:
             yield frame

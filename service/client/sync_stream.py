@@ -108,6 +108,8 @@ class Stream:
             self._take_in()
             while self._state.inbox:
                 yield self._next()
+                # Said here, not with the next frame: within the window, that one may be waiting for it.
+                self._send(self._state.used())
         self.end()
         while (frame := self.receive()) is not None:
             yield frame
