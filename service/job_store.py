@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from service.errors import InsufficientStorage, JobNotFound
+from service.folders import entries
 from service.npz import read_npz
 from service.poses import PoseSequence
 
@@ -146,12 +147,12 @@ class JobStore:
         Raises:
             InsufficientStorage: the rest is still being worked on.
         """
-        used = sum(file.stat().st_size for file in self.folder.glob("*/*"))
+        used = sum(map(_size, entries(self.folder)))
         for job in sorted(self._jobs(), key=lambda job: job.created_s):
             if used + needed <= self.max_bytes:
                 return
             if job.ended:
-                used -= sum(file.stat().st_size for file in (self.folder / job.id).iterdir())
+                used -= _size(self.folder / job.id)
                 self.remove(job.id)
         if used + needed > self.max_bytes:
             raise InsufficientStorage(f"the jobs at work hold {used} of {self.max_bytes} bytes")
@@ -166,19 +167,19 @@ class JobStore:
 
     def sweep(self) -> None:
         """Remove what a process that was killed left half written."""
-        for path in self.folder.glob(".new-*"):
-            if _age_s(path) > STALE_S:
+        for path in entries(self.folder):
+            if path.name.startswith(".new-") and _age_s(path) > STALE_S:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _jobs(self) -> list[Job]:
         jobs = []
-        for path in self.folder.glob("*/job.json"):
+        for folder in entries(self.folder):
             with suppress(JobNotFound):
-                jobs.append(self.get(path.parent.name))
+                jobs.append(self.get(folder.name))
         return jobs
 
     def _claims(self, job_id: str) -> list[Path]:
-        return sorted((self.folder / job_id).glob("claim.*"))
+        return sorted(path for path in entries(self.folder / job_id) if path.name.startswith("claim."))
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -190,6 +191,15 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    size = 0
+    for path in entries(folder):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def _age_s(path: Path) -> float:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from service.errors import (
     UploadConflict,
     VersionNotFound,
 )
+from service.folders import entries
 
 log = logging.getLogger(__name__)
 MAX_VETTING_S = 300
@@ -88,7 +89,7 @@ class Uploads:
             if not os.access(self._folder, os.W_OK):
                 return
             with self._lock(".sweep", fcntl.LOCK_EX):
-                for leftover in _entries(self._folder / ".uploads"):
+                for leftover in entries(self._folder / ".uploads"):
                     descriptor = os.open(leftover, os.O_RDONLY)
                     try:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +98,7 @@ class Uploads:
                     finally:
                         os.close(descriptor)
                     shutil.rmtree(leftover)
-            for versions in _entries(self._folder / ".versions"):
+            for versions in entries(self._folder / ".versions"):
                 self._recover(versions.name)
 
     def _recover(self, avatar_id: str) -> None:
@@ -239,8 +240,10 @@ class Uploads:
             shutil.rmtree(self._version_folder(avatar_id, version.digest), ignore_errors=True)
 
     def _kept(self, avatar_id: str) -> list[Version]:
-        folders = _entries(self._folder / ".versions" / avatar_id)
-        versions = [Version(folder.name, folder.stat().st_mtime) for folder in folders]
+        versions = []
+        for folder in entries(self._folder / ".versions" / avatar_id):
+            with suppress(FileNotFoundError):  # who only asks for the versions holds no lock
+                versions.append(Version(folder.name, folder.stat().st_mtime))
         return sorted(versions, key=lambda version: -(version.replaced_at_s or 0))
 
     def _version_folder(self, avatar_id: str, digest: str) -> Path:
@@ -324,10 +327,6 @@ def _stored(what: str) -> Iterator[None]:
 def _matches(header: str, digest: str | None) -> bool:
     tags = {tag.strip() for tag in header.split(",")}
     return digest is not None and ("*" in tags or f'"{digest}"' in tags)
-
-
-def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _sync(folder: Path) -> None:

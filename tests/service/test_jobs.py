@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,29 @@ def test_the_oldest_results_make_room(tmp_path: Path) -> None:
         store.make_room(90_000)
     store.add(job_of("d"), STILL)
     np.testing.assert_array_equal(store.poses(store.get("d")).rotations, STILL.rotations)
+
+
+def test_room_is_counted_while_others_write_and_remove(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs", 10_000_000)
+    stays, _ = store.add(job_of("a"), STILL)
+    ended = threading.Event()
+
+    def churn() -> None:
+        while not ended.is_set():
+            store.save(stays)
+            store.add(job_of("b"), STILL)
+            store.remove("b")
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        for _ in range(300):
+            store.make_room(1)
+            assert "a" in store.waiting()
+    finally:
+        ended.set()
+        other.join()
+    assert store.get("a") == stays
 
 
 def test_fault_32_a_job_is_claimed_by_one_and_again_once(tmp_path: Path) -> None:

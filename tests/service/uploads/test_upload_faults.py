@@ -323,6 +323,25 @@ def test_fault_32_a_kill_between_two_renames_gives_the_old_avatar_back(folder: P
     assert read_bundle(folder / "tiny").digest == digest
 
 
+def test_versions_are_listed_while_others_replace_them(folder: Path, engine: Any) -> None:
+    digest, uploads = read_bundle(folder / "tiny").digest, make_uploads(folder, engine)
+    kept, ended = folder / ".versions" / "tiny", threading.Event()
+
+    def churn() -> None:
+        while not ended.is_set():
+            (kept / "older").mkdir(parents=True)
+            shutil.rmtree(kept)
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        for _ in range(2000):
+            assert uploads.versions("tiny")[0].digest == digest
+    finally:
+        ended.set()
+        other.join()
+
+
 def test_a_folder_that_cannot_be_written_is_served_all_the_same(
     folder: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
