@@ -11,7 +11,7 @@ import struct
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import numpy as np
@@ -95,7 +95,7 @@ class AnswerCache:
             self._bytes -= byte_count(self._entries.popitem(last=False)[1])
 
 
-def byte_count(answer: Pieces) -> int:
+def byte_count(answer: Sequence[bytes | memoryview]) -> int:
     """All pieces together."""
     return sum(map(len, answer))
 

@@ -11,12 +11,13 @@ import math
 import mmap
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -194,19 +195,17 @@ class Reposing:
 
     async def _kept(self, key: str, order: Order, times: Times, deadline: float | None) -> AsyncGenerator[bytes, None]:
         """The answer in pieces; the whole of it is kept at the end, if it is not too long."""
-        kept: list[bytes] | None = []
-        size = 0
+        kept: _Kept | None = _Kept()
         async with aclosing(self._pieces(order, times, deadline)) as source:
             async for piece in source:
-                size += len(piece)
-                if size > self.cache.max_entry_bytes:
+                if kept is not None and kept.bytes + len(piece) > self.cache.max_entry_bytes:
                     kept = None
-                if kept is not None and piece:
-                    kept.append(piece)
+                if kept is not None:
+                    await kept.add(piece)
                 yield piece
         # Only here: what failed or was broken off is never kept.
         if kept is not None:
-            await self.cache.put(key, tuple(_blocks(kept)))
+            await self.cache.put(key, kept.blocks())
 
     def _shared(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
         """The same, computed once for all who ask at the same time, here or in another replica."""
@@ -249,27 +248,41 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _blocks(pieces: list[bytes]) -> Iterator[bytes | memoryview]:
-    """The same bytes in blocks, large ones apart from all other memory: what is kept for long would riddle it with
-    holes.  Only large ones, as the system bounds how many there are."""
-    blocks: list[list[bytes]] = [[]]
-    sizes = [0]
-    for piece in pieces:
-        if sizes[-1] >= BLOCK_BYTES:
-            blocks.append([])
-            sizes.append(0)
-        blocks[-1].append(piece)
-        sizes[-1] += len(piece)
-    if sizes[-1] < BLOCK_BYTES and len(blocks) > 1:
-        blocks[-2:], sizes[-2:] = [blocks[-2] + blocks[-1]], [sizes[-2] + sizes[-1]]
-    for block, size in zip(blocks, sizes, strict=True):
-        yield _apart(block, size) if size >= BLOCK_BYTES else b"".join(block)
+class _Kept:
+    """An answer that is to be kept, in blocks; large ones lie apart from all other memory, as what is kept for long
+    would riddle it with holes.  Only large ones, as the system bounds how many there are."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._apart: list[memoryview] = []
+        self._full: list[bytes] = []
+        """A block that is copied when the next one is full too: what is left over at the end goes with the last."""
+        self._next: list[bytes] = []
+        self._next_bytes = 0
+
+    async def add(self, piece: bytes) -> None:
+        """The next piece.  It is copied while the answer is made: all at once would hold everybody up in the end."""
+        self.bytes += len(piece)
+        self._next_bytes += len(piece)
+        self._next.append(piece)
+        if self._next_bytes >= BLOCK_BYTES:
+            full, self._full, self._next, self._next_bytes = self._full, self._next, [], 0
+            if full:
+                self._apart.append(await to_thread.run_sync(_apart, full))
+
+    def blocks(self) -> Pieces:
+        """What was added."""
+        last = self._full + self._next
+        return (*self._apart, _apart(last) if byte_count(last) >= BLOCK_BYTES else b"".join(last))
 
 
-def _apart(pieces: list[bytes], size: int) -> memoryview:
-    memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+def _apart(pieces: list[bytes]) -> memoryview:
+    memory = mmap.mmap(-1, byte_count(pieces), access=mmap.ACCESS_COPY)
+    # NumPy copies without Python's lock, so that other threads go on.
+    into, start = np.frombuffer(memory, np.uint8), 0
     for piece in pieces:
-        memory.write(piece)
+        into[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+        start += len(piece)
     return memoryview(memory).toreadonly()
 
 

@@ -382,11 +382,26 @@ async def test_a_refusal_asks_neither_redis_nor_another_replica(serve: Any, monk
         assert (await post_npz(client, poses=still + 0.1)).status_code == 503
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [1], [10, 0, 20], [400_000] * 7, [1, 3_000_000, 5], [600_000, 0]])
-def test_what_is_kept_lies_in_blocks(sizes: list[int]) -> None:
+@pytest.mark.parametrize("sizes", [[], [0], [1], [10, 0, 20], [400_000] * 17, [1, 3_000_000, 5], [600_000, 0]])
+async def test_what_is_kept_lies_in_blocks(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [np.random.default_rng(n).bytes(size) for n, size in enumerate(sizes)]
-    blocks = list(reposing._blocks(pieces))
+    copy, copied_here = reposing._apart, []
+
+    def apart(pieces: list[bytes]) -> memoryview:
+        if threading.current_thread() is threading.main_thread():
+            copied_here.append(sum(map(len, pieces)))
+        return copy(pieces)
+
+    monkeypatch.setattr(reposing, "_apart", apart)
+    kept = reposing._Kept()
+    for piece in pieces:
+        await kept.add(piece)
+    blocks = kept.blocks()
     assert b"".join(blocks) == b"".join(pieces)
+    assert kept.bytes == sum(sizes)
+    # The event loop has but the end to copy.
+    assert sum(copied_here) < 2 * reposing.BLOCK_BYTES + max(sizes, default=0)
+    assert len(copied_here) <= 1
     # A system has room for some ten thousand that lie apart: a short answer is none of them.
     large = [len(block) >= reposing.BLOCK_BYTES for block in blocks]
     assert [isinstance(block, memoryview) and block.readonly for block in blocks] == large
