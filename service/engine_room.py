@@ -10,9 +10,10 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,9 +126,15 @@ class EngineRoom:
         if live and self._queue.live_seconds() > self._settings.live_queue_ms / 1000:
             self._metrics.refused("overloaded")
             raise Overloaded("too many live frames wait")
-        poses = PoseSequence(rotations, translation, 30.0, "y", "m", "matrix")
-        pieces = self._pieces(avatar, lod, poses, live, deadline, len(rotations), client or object())
-        done = [piece async for piece in pieces]
+        client, size = client or object(), self._queue.largest_batch(avatar, lod)
+        cuts = [slice(start, start + size) for start in range(0, len(rotations), size)]
+        works = [
+            self._submit(Work(client, avatar, lod, rotations[cut], translation[cut], live, deadline)) for cut in cuts
+        ]
+        try:
+            done = [await self._result(work) for work in works]
+        finally:
+            self._call_off(works)
         if len(done) == 1:
             return done[0]
         vertices, pelvis = (np.concatenate([getattr(p, name) for p in done]) for name in ("vertices", "pelvis"))
@@ -201,9 +208,7 @@ class EngineRoom:
                     start, size = start + size, 2 * size
                 yield await self._result(submitted.popleft())
         finally:
-            for work in submitted:
-                self._queue.discard(work)
-                work.future.cancel()
+            self._call_off(submitted)
 
     def _submit(self, work: Work) -> Work:
         if work.avatar.spoilt:
@@ -224,6 +229,11 @@ class EngineRoom:
         finally:
             # Whoever leaves, leaves nothing behind.
             self._queue.discard(work)
+
+    def _call_off(self, works: Iterable[Work]) -> None:
+        for work in works:
+            self._queue.discard(work)
+            work.future.cancel()
 
     # Computing.
 
@@ -270,24 +280,29 @@ class EngineRoom:
             results = await self._after_failure(wanted, engine, error)
         if all(isinstance(result, OutputInvalid) for result in results):
             await self._heal(avatar, engine)
-        self._answer(wanted, results, began, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._answer(wanted, results, began, seconds)
+        # In the loop's next turn, behind those who now have what they waited for.
+        asyncio.get_running_loop().call_soon(self._count, wanted, began, seconds)
         return went_well
 
     async def _infer(self, works: list[Work]) -> list[_Result]:
         most_frames = self._queue.pace(works[0].avatar, works[0].lod).most_frames
         return await asyncio.get_running_loop().run_in_executor(self._pool, _infer, works, most_frames)
 
-    def _answer(self, works: list[Work], results: list[_Result], began: float, seconds: float) -> None:
+    def _count(self, works: list[Work], began: float, seconds: float) -> None:
         self._metrics.computed(works[0].live, sum(map(len, works)), len(works), seconds)
+        for work in works:
+            self._metrics.queue_seconds.observe(began - work.enqueued_s)
+
+    def _answer(self, works: list[Work], results: list[_Result], began: float, seconds: float) -> None:
         for work, result in zip(works, results, strict=True):
-            queue_s = began - work.enqueued_s
-            self._metrics.queue_seconds.observe(queue_s)
             if isinstance(result, AvatarServiceError):
                 self._metrics.refused(result.code)
                 _refuse([work], result)
             elif not work.future.done():
                 pelvis = work.avatar.bundle.skeleton.rest_joints[0] + work.translation
-                work.future.set_result(Reposed(result, pelvis, queue_s, seconds))
+                work.future.set_result(Reposed(result, pelvis, began - work.enqueued_s, seconds))
 
     # Faults.
 
@@ -351,23 +366,29 @@ class EngineRoom:
 def _infer(works: list[Work], most_frames: int) -> list[_Result]:
     """In a worker thread: the vertices (F, V, 3) of each piece of work, or what is wrong with them."""
     avatar, lod = works[0].avatar, works[0].lod
-    rotations = np.concatenate([work.rotations for work in works])
-    translation = np.concatenate([work.translation for work in works])
+    rotations = _joined([work.rotations for work in works])
+    translation = _joined([work.translation for work in works])
     starts = range(0, len(rotations), most_frames)
     try:
-        parts = [avatar.repose(lod, rotations[n : n + most_frames], translation[n : n + most_frames]) for n in starts]
-        vertices = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        vertices = _joined(
+            [avatar.repose(lod, rotations[n : n + most_frames], translation[n : n + most_frames]) for n in starts]
+        )
     except AvatarServiceError:
         raise
     except MemoryError as error:
         raise OutOfMemory("no memory") from error
     except Exception as error:  # whatever it is, the room goes on
         raise EngineFailed("the engine failed in an unknown way") from error
-    pieces = np.split(vertices, np.cumsum([len(work) for work in works])[:-1])
+    ends = accumulate(map(len, works))
+    pieces = [vertices[end - len(work) : end] for work, end in zip(works, ends, strict=True)]
     return [
         piece if np.isfinite(piece).all() else OutputInvalid("the graph gave vertices that are not finite")
         for piece in pieces
     ]
+
+
+def _joined(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _refuse(works: list[Work], error: AvatarServiceError) -> None:

@@ -22,6 +22,7 @@ q16d  u32 length, then as many bytes of one zstd frame.  Inside are the same q, 
       then 3V high bytes.  A key frame begins the stream and every change of h.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ class FrameDecoder:
             raise FrameError(f"expected one frame of {size or f'{HEADER_BYTES} or more'} bytes, got {len(data)}")
         _, _, number, flags, seq, frame, client_us, server_us, count, *box = _HEADER.unpack_from(data)
         codec, root, half_extent = CODECS[number], np.array(box[:3], np.float32), box[3]
-        if not np.isfinite(box).all() or half_extent < 0:
+        if not all(map(math.isfinite, box)) or half_extent < 0:
             raise FrameError("the box around the frame is not finite")
         if codec == "f32":
             vertices = np.frombuffer(data, "<f4", 3 * count, HEADER_BYTES).reshape(count, 3).astype(np.float32)

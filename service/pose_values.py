@@ -1,5 +1,6 @@
 """From arrays in any accepted form to rotation matrices of 24 joints, and every check on the way."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -47,7 +48,7 @@ def by_joint(poses: NDArray[Any], said: str | None) -> tuple[NDArray[Any], str]:
         PoseShapeInvalid: a shape that is not accepted, or not that of the rotation that was named.
     """
     flat = said or "axis_angle"
-    size = int(np.prod(SHAPES[flat]))
+    size = math.prod(SHAPES[flat])
     if poses.ndim == 2 and poses.shape[1] % size == 0 and poses.shape[1] // size in LAYOUTS:
         return poses.reshape(len(poses), -1, *SHAPES[flat]), flat
     found = next((name for name, shape in SHAPES.items() if poses.shape[2:] == shape), None)
@@ -71,13 +72,13 @@ def to_matrices(
         PoseNotRotation: not a rotation, nor near enough to one; the frame is said.
         PoseOutOfRange: an angle above 4 pi.
     """
+    if rotation == "axis_angle":
+        limit = MAX_ANGLE_TO_NORMALISE_RAD if normalize else MAX_ANGLE_RAD
+        wild = ~(np.einsum("...i,...i->...", joints, joints) <= limit * limit)
+        _refuse(wild, PoseOutOfRange, "an angle above 4 pi", frames)
+        return axis_angle_to_matrix(joints)
     # Far from a rotation the products may overflow; what they give is refused all the same.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if rotation == "axis_angle":
-            limit = MAX_ANGLE_TO_NORMALISE_RAD if normalize else MAX_ANGLE_RAD
-            wild = ~(np.einsum("...i,...i->...", joints, joints) <= limit * limit)
-            _refuse(wild, PoseOutOfRange, "an angle above 4 pi", frames)
-            return axis_angle_to_matrix(joints)
         if rotation == "quat_wxyz":
             length = np.linalg.norm(joints, axis=-1)
             off = ~(length > DEGENERATE) if normalize else ~(np.abs(length - 1) < ROTATION_TOLERANCE)
@@ -139,9 +140,8 @@ def check_translations(moved: NDArray[np.float64], frames: NDArray[np.intp]) -> 
 
 
 def _refuse(bad: NDArray[np.bool_], error: type[InvalidPose], what: str, frames: NDArray[np.intp]) -> None:
-    rows = bad.any(axis=1)
-    if rows.any():
-        frame = int(frames[np.argmax(rows)])
+    if bad.any():
+        frame = int(frames[np.argmax(bad.any(axis=1))])
         raise error(f"{what} in frame {frame}", frame=frame)
 
 

@@ -11,9 +11,9 @@ from service.errors import Overloaded
 from service.metrics import Metrics
 from service.work_queue import WorkQueue
 
-MOST_DELAY = 0.25
+MOST_DELAY = 0.1
 """Others keep a sequence waiting for at most this part of its own time: with what it costs to refuse the rest, and
-whatever else holds the machine up, it then takes less than twice as long as alone.  With 0.5 hardly more get in."""
+whatever else holds the machine up, it then takes less than twice as long as alone.  With 0.25 no more get in."""
 STALLED_S = 1.0
 """A sequence whose client has not come for more for so long is not in the way of others."""
 

@@ -116,8 +116,7 @@ class Connection:
 
     async def _repose(self, poses: list[Pose]) -> None:
         session, live = self._session, self._session.mode == "live"
-        rotations = np.stack([pose.rotations for pose in poses])
-        translation = np.stack([pose.translation for pose in poses])
+        rotations, translation = np.array([p.rotations for p in poses]), np.array([p.translation for p in poses])
         deadline = poses[0].arrived_s + LIVE_DEADLINE_S if live else None
         try:
             done = await self._room.repose(
