@@ -194,11 +194,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Bytes of the files in a folder, as far as they are there and may be seen: a volume has folders of its own."""
     size = 0
-    for path in entries(folder):
-        with suppress(FileNotFoundError):
-            size += path.stat().st_size
+    with suppress(OSError):
+        for path in entries(folder):
+            with suppress(OSError):
+                size += path.stat().st_size
     return size
 
 

@@ -195,13 +195,17 @@ class Reposing:
 
     async def _kept(self, key: str, order: Order, times: Times, deadline: float | None) -> AsyncGenerator[bytes, None]:
         """The answer in pieces; the whole of it is kept at the end, if it is not too long."""
-        kept: _Kept | None = _Kept()
+        size = answers.exact_bytes(order.media_type, order.clip)
+        kept = None if size is not None and size > self.cache.max_entry_bytes else _Kept()
         async with aclosing(self._pieces(order, times, deadline)) as source:
             async for piece in source:
                 if kept is not None and kept.bytes + len(piece) > self.cache.max_entry_bytes:
                     kept = None
-                if kept is not None:
-                    await kept.add(piece)
+                try:
+                    if kept is not None:
+                        await kept.add(piece)
+                except (OSError, MemoryError):  # no memory to keep it in is no reason to break it off
+                    kept = None
                 yield piece
         # Only here: what failed or was broken off is never kept.
         if kept is not None:

@@ -201,6 +201,25 @@ def test_room_is_counted_while_others_write_and_remove(tmp_path: Path) -> None:
     assert store.get("a") == stays
 
 
+def test_a_folder_that_may_not_be_read_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JobStore(tmp_path / "jobs", 100_000)
+    store.add(job_of("a"), STILL)
+    (tmp_path / "jobs" / "lost+found").mkdir()  # as a volume has it
+    (tmp_path / "jobs" / "a stray file").touch()
+    seen = Path.iterdir
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return seen(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert store.add(job_of("b"), STILL)[1]
+    assert sorted(store.waiting()) == ["a", "b"]
+    with pytest.raises(InsufficientStorage):
+        store.make_room(100_000)
+
+
 def test_fault_32_a_job_is_claimed_by_one_and_again_once(tmp_path: Path) -> None:
     store, other = (JobStore(tmp_path / "jobs", 1 << 20) for _ in range(2))
     store.add(job_of("a"), STILL)

@@ -406,3 +406,27 @@ async def test_what_is_kept_lies_in_blocks(sizes: list[int], monkeypatch: pytest
     large = [len(block) >= reposing.BLOCK_BYTES for block in blocks]
     assert [isinstance(block, memoryview) and block.readonly for block in blocks] == large
     assert all(large) or len(blocks) == 1
+
+
+async def test_an_answer_that_cannot_be_kept_is_given_all_the_same(
+    serve: Any, motion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any) -> memoryview:
+        raise MemoryError
+
+    async with serve() as client:
+        whole = (await post_npz(client, **motion)).content
+    monkeypatch.setattr(reposing, "_apart", full)
+    monkeypatch.setattr(reposing, "BLOCK_BYTES", 1)
+    async with serve(batch_vertex_frames=1) as client:
+        for _ in range(2):
+            answer = await post_npz(client, **motion)
+            assert (answer.headers["X-Cache"], answer.content) == ("miss", whole)
+
+
+async def test_what_is_too_long_to_be_kept_is_not_copied(
+    serve: Any, motion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reposing, "_Kept", None)
+    async with serve(cache_entry_bytes=100) as client:
+        assert (await post_npz(client, **motion)).status_code == 200
