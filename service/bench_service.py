@@ -54,7 +54,7 @@ class Sizes:
 
     sequence_frames: int = 250
     repeats: int = 9
-    """Turns of what is compared; the middle one counts."""
+    """Turns of what is compared."""
     stream_s: float = 10.0
     """Of each of `repeats` live streams, and of those that share the machine."""
     streams: int = 8
@@ -199,17 +199,17 @@ def stream_rows(server: Server, engine: BareEngine, motion: Motion, sizes: Sizes
         (received,) = asyncio.run(load.live_streams(server.url, avatar, motion, 1, LIVE_FPS, sizes.stream_s))
         turns.append((alone, [frame.delay_s for frame in received]))
     frames, delays = (list(chain.from_iterable(part)) for part in zip(*turns, strict=True))
-    # As with sequences, what counts is the middle one of the turns: the host of a virtual machine may take it away for
-    # seconds, and in all frames together the slowest hundredth are those of the turn that it spoilt.
+    # What was promised is of all turns together.  The host of a virtual machine may take it away for seconds, and the
+    # slowest hundredth are then those of one turn: the middle one and the worst tell that from a slow service.
     overheads = [1000 * (_p99(delayed) - median(alone)) for alone, delayed in turns]
     return [
         row("ws_engine_frame_ms", 1000 * median(frames), "ms"),
         row("ws_engine_frame_p99_ms", 1000 * _p99(frames), "ms"),
         row("ws_live_median_ms", 1000 * median(delays), "ms"),
         row("ws_live_p99_ms", 1000 * _p99(delays), "ms"),
-        row("ws_live_p99_overhead_ms", median(overheads), "ms", 5.0, at_least=False),
+        row("ws_live_p99_overhead_ms", 1000 * (_p99(delays) - median(frames)), "ms", 5.0, at_least=False),
+        row("ws_live_p99_overhead_middle_turn_ms", median(overheads), "ms"),
         row("ws_live_p99_overhead_worst_turn_ms", max(overheads), "ms"),
-        row("ws_live_p99_overhead_all_turns_ms", 1000 * (_p99(delays) - median(frames)), "ms"),
         # This one leaves out what the machine does to the engine too.
         row("ws_live_p99_over_engine_p99_ms", 1000 * (_p99(delays) - _p99(frames)), "ms"),
         row("ws_host_steal_pct", _steal_pct(ticks), "%"),
