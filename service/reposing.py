@@ -195,21 +195,15 @@ class Reposing:
 
     async def _kept(self, key: str, order: Order, times: Times, deadline: float | None) -> AsyncGenerator[bytes, None]:
         """The answer in pieces; the whole of it is kept at the end, if it is not too long."""
-        size = answers.exact_bytes(order.media_type, order.clip)
-        kept = None if size is not None and size > self.cache.max_entry_bytes else _Kept()
+        expected = answers.exact_bytes(order.media_type, order.clip) or 0
+        kept = _Kept(self.cache.max_entry_bytes, expected)
         async with aclosing(self._pieces(order, times, deadline)) as source:
             async for piece in source:
-                if kept is not None and kept.bytes + len(piece) > self.cache.max_entry_bytes:
-                    kept = None
-                try:
-                    if kept is not None:
-                        await kept.add(piece)
-                except (OSError, MemoryError):  # no memory to keep it in is no reason to break it off
-                    kept = None
+                await kept.add(piece)
                 yield piece
         # Only here: what failed or was broken off is never kept.
-        if kept is not None:
-            await self.cache.put(key, kept.blocks())
+        if (blocks := kept.blocks()) is not None:
+            await self.cache.put(key, blocks)
 
     def _shared(self, key: str, order: Order, times: Times) -> AsyncGenerator[bytes, None]:
         """The same, computed once for all who ask at the same time, here or in another replica."""
@@ -254,10 +248,13 @@ class _Stream(StreamingResponse):
 
 class _Kept:
     """An answer that is to be kept, in blocks; large ones lie apart from all other memory, as what is kept for long
-    would riddle it with holes.  Only large ones, as the system bounds how many there are."""
+    would riddle it with holes.  Only large ones, as the system bounds how many there are.
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    Given up, as no reason to break the answer off, where it gets longer than `most_bytes` or there is no memory for it.
+    """
+
+    def __init__(self, most_bytes: int, expected_bytes: int = 0) -> None:
+        self._left, self._given_up = most_bytes, expected_bytes > most_bytes
         self._apart: list[memoryview] = []
         self._full: list[bytes] = []
         """A block that is copied when the next one is full too: what is left over at the end goes with the last."""
@@ -266,18 +263,32 @@ class _Kept:
 
     async def add(self, piece: bytes) -> None:
         """The next piece.  It is copied while the answer is made: all at once would hold everybody up in the end."""
-        self.bytes += len(piece)
+        self._left -= len(piece)
+        if self._given_up or self._left < 0:
+            self._give_up()
+            return
         self._next_bytes += len(piece)
         self._next.append(piece)
         if self._next_bytes >= BLOCK_BYTES:
             full, self._full, self._next, self._next_bytes = self._full, self._next, [], 0
-            if full:
-                self._apart.append(await to_thread.run_sync(_apart, full))
+            try:
+                if full:
+                    self._apart.append(await to_thread.run_sync(_apart, full))
+            except (OSError, MemoryError):
+                self._give_up()
 
-    def blocks(self) -> Pieces:
-        """What was added."""
+    def blocks(self) -> Pieces | None:
+        """What was added; None if it was given up."""
         last = self._full + self._next
-        return (*self._apart, _apart(last) if byte_count(last) >= BLOCK_BYTES else b"".join(last))
+        try:
+            end = _apart(last) if byte_count(last) >= BLOCK_BYTES else b"".join(last)
+        except (OSError, MemoryError):
+            self._give_up()
+        return None if self._given_up else (*self._apart, end)
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        self._apart, self._full, self._next = [], [], []
 
 
 def _apart(pieces: list[bytes]) -> memoryview:

@@ -393,12 +393,12 @@ async def test_what_is_kept_lies_in_blocks(sizes: list[int], monkeypatch: pytest
         return copy(pieces)
 
     monkeypatch.setattr(reposing, "_apart", apart)
-    kept = reposing._Kept()
+    kept = reposing._Kept(sum(sizes))
     for piece in pieces:
         await kept.add(piece)
     blocks = kept.blocks()
+    assert blocks is not None
     assert b"".join(blocks) == b"".join(pieces)
-    assert kept.bytes == sum(sizes)
     # The event loop has but the end to copy.
     assert sum(copied_here) < 2 * reposing.BLOCK_BYTES + max(sizes, default=0)
     assert len(copied_here) <= 1
@@ -411,7 +411,10 @@ async def test_what_is_kept_lies_in_blocks(sizes: list[int], monkeypatch: pytest
 async def test_an_answer_that_cannot_be_kept_is_given_all_the_same(
     serve: Any, motion: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: Any) -> memoryview:
+    tried: list[int] = []
+
+    def full(pieces: list[bytes]) -> memoryview:
+        tried.append(len(pieces))
         raise MemoryError
 
     async with serve() as client:
@@ -419,14 +422,23 @@ async def test_an_answer_that_cannot_be_kept_is_given_all_the_same(
     monkeypatch.setattr(reposing, "_apart", full)
     monkeypatch.setattr(reposing, "BLOCK_BYTES", 1)
     async with serve(batch_vertex_frames=1) as client:
-        for _ in range(2):
+        for n in (1, 2):
             answer = await post_npz(client, **motion)
             assert (answer.headers["X-Cache"], answer.content) == ("miss", whole)
+            assert len(tried) == n
+    kept = reposing._Kept(100)
+    await kept.add(b"all of it")  # and no memory only at the end
+    assert kept.blocks() is None
 
 
-async def test_what_is_too_long_to_be_kept_is_not_copied(
-    serve: Any, motion: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reposing, "_Kept", None)
-    async with serve(cache_entry_bytes=100) as client:
-        assert (await post_npz(client, **motion)).status_code == 200
+@pytest.mark.parametrize("expected", [0, 51])
+async def test_what_is_too_long_is_not_kept(expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(reposing, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(reposing, "_apart", lambda pieces: copied.append(len(pieces)))
+    kept = reposing._Kept(50, expected)
+    for _ in range(6):
+        await kept.add(bytes(10))
+    assert kept.blocks() is None
+    # Whose length is known before is not even copied.
+    assert len(copied) == (0 if expected else 4)
