@@ -32,6 +32,9 @@ class Engine(Protocol):
     device: str
     """`cuda` or `cpu`: where it really runs."""
     provider: str
+    alone_up_to: int
+    """A single frame of so many vertices is computed by the thread that calls, which waits for nothing meanwhile; 0 if
+    that is never so."""
 
     def repose(
         self,
@@ -115,6 +118,7 @@ class OnnxEngine:
         own_threads = self.device == "cpu" and not plain
         self._pool = ThreadPoolExecutor(threads, "repose", initializer=give_way) if own_threads else None
         self._threads = threads if own_threads else 1
+        self.alone_up_to = 2 * WORTH_A_THREAD - 1 if own_threads else 0
         self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
         if self.device == "cpu" and len(wanted) > 1:

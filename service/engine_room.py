@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -32,7 +33,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.poses import PoseSequence
-from service.sequences import Sequences
+from service.sequences import Sequence, Sequences
 from service.settings import Settings
 from service.work_queue import Work, WorkQueue
 
@@ -40,6 +41,11 @@ log = logging.getLogger(__name__)
 READ_AHEAD = 2
 """Pieces of a sequence that wait or are computed while the one before is encoded and sent."""
 CHECK_TIMEOUT_S = 5.0
+INLINE_S = 0.005
+"""A live frame that takes no longer is computed on the event loop if nothing else is: to wake a thread for it, and to
+be woken by it, takes a tenth of that, and on a virtual machine now and then as long again."""
+INLINE_PART = 0.25
+"""Of the event loop's time that may go into that."""
 REBUILD_INTERVAL_S = 30.0
 """An engine that has to be rebuilt twice within this time is given up."""
 
@@ -72,7 +78,9 @@ class EngineRoom:
         self._sequences = Sequences(self._queue, settings.queue_ms / 1000, metrics)
         self._wake = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
-        self._rebuilt_s = -math.inf
+        self._in_threads = 0
+        """Batches that are computed there."""
+        self._inline_from_s = self._rebuilt_s = -math.inf
         self._healing = asyncio.Lock()
         """What is in flight at a time fails together: one of them looks after the engine."""
         self.gave_up = asyncio.Event()
@@ -129,7 +137,8 @@ class EngineRoom:
         client, size = client or object(), self._queue.largest_batch(avatar, lod)
         cuts = [slice(start, start + size) for start in range(0, len(rotations), size)]
         works = [
-            self._submit(Work(client, avatar, lod, rotations[cut], translation[cut], live, deadline)) for cut in cuts
+            self._submit(Work(client, avatar, lod, *part, live, deadline, len(rotations)))
+            for part in ((rotations[cut], translation[cut]) for cut in cuts)
         ]
         try:
             done = [await self._result(work) for work in works]
@@ -141,25 +150,34 @@ class EngineRoom:
         return Reposed(vertices, pelvis, sum(p.queue_s for p in done), sum(p.infer_s for p in done))
 
     async def sequence(
-        self, avatar: Avatar, lod: str, poses: PoseSequence, deadline: float | None = None
+        self,
+        avatar: Avatar,
+        lod: str,
+        poses: PoseSequence,
+        deadline: float | None = None,
+        in_background: bool = False,
     ) -> AsyncGenerator[Batch, None]:
         """Compute a sequence of any length in bounded memory; a piece or two ahead of the one who takes them.
 
         The first batch is one frame, so that it can leave at once.  Close the iterator (`aclosing`) to call off what
         is not computed yet.
 
+        Args:
+            in_background: nobody waits for it: it is never refused, is in nobody's way, and goes behind the others.
+
         Raises:
             As `repose`; Overloaded only before the first batch.
         """
         start = 0
-        with self._sequences.admitted(avatar, lod, len(poses)) as sequence:
-            pieces = self._pieces(avatar, lod, poses, False, deadline, 1, sequence)
+        order = avatar, lod, len(poses)
+        with nullcontext(Sequence(*order)) if in_background else self._sequences.admitted(*order) as sequence:
+            pieces = self._pieces(avatar, lod, poses, False, deadline, sequence, in_background)
             try:
                 async for done in pieces:
                     sequence.frames_left -= len(done.vertices)
-                    sequence.left_s = time.monotonic()
+                    sequence.taken_s = time.monotonic()
                     yield Batch(start, done.vertices, done.pelvis, done.infer_s, done.queue_s)
-                    sequence.left_s = math.inf
+                    sequence.taken_s = math.inf
                     start += len(done.vertices)
             finally:
                 await pieces.aclose()
@@ -172,7 +190,7 @@ class EngineRoom:
         """
         still = PoseSequence(*still_pose(), 30.0, "y", "m", "matrix")
         deadline = time.monotonic() + CHECK_TIMEOUT_S
-        async for _ in self._pieces(avatar, avatar.smallest_lod, still, True, deadline, 1, object()):
+        async for _ in self._pieces(avatar, avatar.smallest_lod, still, True, deadline, object()):
             pass
 
     def check_admission(self, avatar: Avatar, lod: str, frames: int) -> None:
@@ -192,19 +210,20 @@ class EngineRoom:
         poses: PoseSequence,
         live: bool,
         deadline: float | None,
-        first: int,
         client: object,
+        in_background: bool = False,
     ) -> AsyncGenerator[Reposed, None]:
-        """The frames in order, in pieces that start with `first` frames and double up to the largest batch."""
+        """The frames in order, in pieces that start with one frame and double up to the largest batch."""
         submitted: deque[Work] = deque()
-        start, size = 0, first
+        start, size = 0, 1
         try:
             while start < len(poses) or submitted:
                 while start < len(poses) and len(submitted) <= READ_AHEAD:
                     size = min(size, self._queue.largest_batch(avatar, lod))
                     part = slice(start, start + size)
                     frames = poses.rotations[part], poses.translation[part]
-                    submitted.append(self._submit(Work(client, avatar, lod, *frames, live, deadline)))
+                    left = math.inf if in_background else len(poses) - start
+                    submitted.append(self._submit(Work(client, avatar, lod, *frames, live, deadline, left)))
                     start, size = start + size, 2 * size
                 yield await self._result(submitted.popleft())
         finally:
@@ -288,7 +307,28 @@ class EngineRoom:
 
     async def _infer(self, works: list[Work]) -> list[_Result]:
         most_frames = self._queue.pace(works[0].avatar, works[0].lod).most_frames
-        return await asyncio.get_running_loop().run_in_executor(self._pool, _infer, works, most_frames)
+        began = time.monotonic()
+        if self._inline(works, began):
+            try:
+                return _infer(works, most_frames)
+            finally:
+                ended = time.monotonic()
+                self._inline_from_s = ended + (ended - began) * (1 / INLINE_PART - 1)
+        self._in_threads += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, _infer, works, most_frames)
+        finally:
+            self._in_threads -= 1
+
+    def _inline(self, works: list[Work], now: float) -> bool:
+        """Whether the event loop has the time to compute this itself."""
+        work = works[0]
+        pace = self._queue.pace(work.avatar, work.lod)
+        return (
+            (work.live and len(works) == len(work) == 1 and pace.vertices <= work.avatar.engine.alone_up_to)
+            and (0 < pace.seconds_per_frame <= INLINE_S and now >= self._inline_from_s)
+            and not self._in_threads
+        )
 
     def _count(self, works: list[Work], began: float, seconds: float) -> None:
         self._metrics.computed(works[0].live, sum(map(len, works)), len(works), seconds)

@@ -187,7 +187,8 @@ class Jobs:
         size = unaccounted = 0
         try:
             with part.open("wb") as file:
-                async with aclosing(pieces(self._room, order, times, self._metrics)) as source:
+                made = pieces(self._room, order, times, self._metrics, in_background=True)
+                async with aclosing(made) as source:
                     async for piece in source:
                         if unaccounted < len(piece):
                             unaccounted = max(len(piece), RESERVED_BYTES)

@@ -77,7 +77,12 @@ class _Feed:
 
 
 async def pieces(
-    room: EngineRoom, order: Order, times: Times, metrics: Metrics, deadline: float | None = None
+    room: EngineRoom,
+    order: Order,
+    times: Times,
+    metrics: Metrics,
+    deadline: float | None = None,
+    in_background: bool = False,
 ) -> AsyncGenerator[bytes, None]:
     """The answer in pieces, the first once the first frame is computed; a piece may be empty.
 
@@ -87,7 +92,7 @@ async def pieces(
         As `EngineRoom.sequence`.
     """
     needs_batches = answers.TABLE[order.media_type].needs_batches
-    sequence = room.sequence(order.avatar, order.lod, order.poses, deadline)
+    sequence = room.sequence(order.avatar, order.lod, order.poses, deadline, in_background=in_background)
     feed = _Feed(sequence, times)
     chunks = answers.encode(order.media_type, feed, order.clip)
     order.avatar.pins += 1

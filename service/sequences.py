@@ -1,4 +1,4 @@
-"""The sequences that are computed at a time: how long they keep each other waiting, and who is refused for that."""
+"""The sequences that are computed at a time: how long others keep one waiting, and who is refused for that."""
 
 import math
 import time
@@ -11,9 +11,11 @@ from service.errors import Overloaded
 from service.metrics import Metrics
 from service.work_queue import WorkQueue
 
-MOST_DELAY = 0.1
-"""Others keep a sequence waiting for at most this part of its own time: with what it costs to refuse the rest, and
-whatever else holds the machine up, it then takes less than twice as long as alone.  With 0.25 no more get in."""
+UNDER_OVERLOAD = 0.1
+"""What remains of the time that a sequence can be kept waiting once one had to be refused.  With what it costs to
+refuse the rest, and whatever else holds the machine up, it then takes less than twice as long as alone."""
+OVERLOADED_S = 1.0
+"""After a refusal, and each further one, it takes so long to forget it."""
 STALLED_S = 1.0
 """A sequence whose client has not come for more for so long is not in the way of others."""
 
@@ -25,21 +27,24 @@ class Sequence:
     avatar: Avatar
     lod: str
     frames_left: int
-    own_s: float
-    """How long it takes alone."""
-    delay_s: float
-    """How long the others keep it waiting, those that came later too."""
-    left_s: float = math.inf
+    taken_s: float = math.inf
     """When it took the last batch out; infinite while it waits for one."""
 
 
 class Sequences:
-    """Those that are admitted."""
+    """Those that are admitted, and whether there are too many.
+
+    What ends sooner goes first (`work_queue.py`), so those that have less left than a sequence takes itself keep it
+    waiting.  The longer ones, whatever number of them, have half of the engine meanwhile at most: they do not shut it
+    out, nor does it starve them.  A few may wait for each other.  If more come, that is an overload: nobody gains if
+    all take long, so until it is over nearly nobody waits, and the rest are told at once to come back.
+    """
 
     def __init__(self, queue: WorkQueue, queue_s: float, metrics: Metrics) -> None:
-        """`queue_s`: so long everybody can be kept waiting."""
+        """`queue_s`: so long everybody can be kept waiting, and as long as it takes itself."""
         self._queue, self._queue_s, self._metrics = queue, queue_s, metrics
         self._admitted: set[Sequence] = set()
+        self._refused_s = -math.inf
 
     def __len__(self) -> int:
         return len(self._admitted)
@@ -55,10 +60,7 @@ class Sequences:
             Overloaded: as `check`.
         """
         self.check(avatar, lod, frames)
-        own_s, delays = self._delays(avatar, lod, frames)
-        for other, delay_s in delays.items():
-            other.delay_s += delay_s
-        sequence = Sequence(avatar, lod, frames, own_s, sum(delays.values()))
+        sequence = Sequence(avatar, lod, frames)
         self._admitted.add(sequence)
         try:
             yield sequence
@@ -69,28 +71,22 @@ class Sequences:
         """Whether a sequence would be admitted now.
 
         Raises:
-            Overloaded: others would keep it waiting for too long, or it those that are about to finish.
+            Overloaded: others would keep it waiting for too long.
         """
-        own_s, delays = self._delays(avatar, lod, frames)
-        delay_s = sum(delays.values())
-        # Those that have more left than it takes hardly notice it, so a long one does not shut out the short ones.
-        harmful = any(
-            delay < own_s and other.delay_s + delay > self._bearable(other.own_s) for other, delay in delays.items()
-        )
-        if harmful or delay_s > self._bearable(own_s):
+        own_s, now = self._seconds(avatar, lod, frames), time.monotonic()
+        delay_s = sum(left_s for left_s in map(self._left, self._admitted) if left_s <= own_s)
+        bearable_s = max(own_s, self._queue_s)
+        if now - self._refused_s < OVERLOADED_S:
+            bearable_s *= UNDER_OVERLOAD
+        if delay_s > bearable_s:
+            self._refused_s = now
             self._metrics.refused("overloaded")
-            raise Overloaded(f"others would keep it waiting for {delay_s:.1f} s", retry_after_s=delay_s)
+            raise Overloaded(f"others would keep it waiting for {delay_s:.2g} s", retry_after_s=delay_s)
 
-    def _bearable(self, own_s: float) -> float:
-        return max(MOST_DELAY * own_s, self._queue_s)
+    def _left(self, sequence: Sequence) -> float:
+        """Seconds of the engine that it will still take soon."""
+        stalled = time.monotonic() - sequence.taken_s >= STALLED_S
+        return 0.0 if stalled else self._seconds(sequence.avatar, sequence.lod, sequence.frames_left)
 
-    def _delays(self, avatar: Avatar, lod: str, frames: int) -> tuple[float, dict[Sequence, float]]:
-        """How long a sequence takes alone, and by how much it and each other one would keep each other waiting: they
-        take turns, so by what the other has left, but not by more than this one takes itself."""
-        own_s, now = frames * self._queue.pace(avatar, lod).seconds_per_frame, time.monotonic()
-        delays = {}
-        for other in self._admitted:
-            if now - other.left_s < STALLED_S:
-                left_s = other.frames_left * self._queue.pace(other.avatar, other.lod).seconds_per_frame
-                delays[other] = min(left_s, own_s)
-        return own_s, delays
+    def _seconds(self, avatar: Avatar, lod: str, frames: int) -> float:
+        return frames * self._queue.pace(avatar, lod).seconds_per_frame

@@ -2,7 +2,9 @@
 
 - A batch is work of one avatar, one level of detail and one line, within the budget of vertex-frames and about
   the time of a micro-batch.  Nothing waits for a batch to fill: it gathers while the one before is computed.
-- In each line the clients take turns, one piece each, whatever number of pieces they have waiting.
+- In each line the clients take turns, one piece each, whatever number of pieces they have waiting.  In the bulk line
+  every other batch goes to the one that would end soonest instead: a short sequence has half of the engine at least,
+  whatever long ones there are, and a long one half of its turns.
 - Live goes first.  If it never pauses, bulk gets a batch now and then, but the same piece of live work never has
   to wait for two of them.
 - Several batches are computed at a time, so that the engine has the next one when one ends.  While there are live
@@ -46,6 +48,8 @@ class Work:
     live: bool
     deadline: float | None
     """On the monotonic clock."""
+    frames_left: float
+    """Of its client, these among them; infinite for who is in no hurry."""
     enqueued_s: float = field(default_factory=time.monotonic)
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     stood_back: bool = False
@@ -103,9 +107,11 @@ class _Line:
             del self._clients[id(work.client)]
         return True
 
-    def serve(self, work: Work) -> None:
-        """Take out the first piece of a client, which goes to the end of the line with the others that it has."""
-        self._clients.move_to_end(id(work.client))
+    def serve(self, work: Work, *, in_turn: bool) -> None:
+        """Take out the first piece of a client, which goes to the end of the line with the others that it has if it
+        was its turn."""
+        if in_turn:
+            self._clients.move_to_end(id(work.client))
         self.remove(work)
 
 
@@ -142,6 +148,7 @@ class WorkQueue:
         self._budget, self._batch_s, self._places, self._clock = batch_vertex_frames, batch_s, places, clock
         self._live, self._bulk = _Line(), _Line()
         self._live_in_a_row = self._bulk_running = 0
+        self._bulk_in_turn = True
         self._live_seen_s = self._live_expected_s = -math.inf
         self._shares = _Shares(clock)
         self._paces: weakref.WeakKeyDictionary[Avatar, dict[str, Pace]] = weakref.WeakKeyDictionary()
@@ -175,9 +182,10 @@ class WorkQueue:
             self._bulk_running += 1
             for work in self._live:
                 work.stood_back = True
-            return self._gather(self._bulk)
+            self._bulk_in_turn = not self._bulk_in_turn
+            return self._gather(self._bulk, in_turn=self._bulk_in_turn)
         self._live_in_a_row = self._live_in_a_row + bool(self._live) if self._bulk else 0
-        return self._gather(self._live)
+        return self._gather(self._live, in_turn=True)
 
     def _last_place(self) -> bool:
         """Whether bulk would take the place that is kept for live work."""
@@ -190,10 +198,13 @@ class WorkQueue:
         if went_well:
             self.pace(batch[0].avatar, batch[0].lod).learn(sum(map(len, batch)), seconds)
 
-    def _gather(self, line: _Line) -> list[Work]:
+    def _gather(self, line: _Line, *, in_turn: bool) -> list[Work]:
+        heads = line.heads()
+        if not in_turn:
+            heads.sort(key=self._seconds_left)
         batch: list[Work] = []
         frames = 0
-        for work in line.heads():
+        for work in heads:
             if batch and (work.avatar is not batch[0].avatar or work.lod != batch[0].lod):
                 continue
             if batch and frames + len(work) > self.largest_batch(work.avatar, work.lod):
@@ -201,7 +212,7 @@ class WorkQueue:
             batch.append(work)
             frames += len(work)
         for work in batch:
-            line.serve(work)
+            line.serve(work, in_turn=in_turn)
         return batch
 
     def pace(self, avatar: Avatar, lod: str) -> Pace:
@@ -210,6 +221,11 @@ class WorkQueue:
         if lod not in paces:
             paces[lod] = Pace(len(avatar.mesh(lod).vertices))
         return paces[lod]
+
+    def _seconds_left(self, work: Work) -> float:
+        """How long its client would take alone from here on."""
+        # Frames of which nothing is known yet count as frames, so that infinitely many of them still do.
+        return work.frames_left * (self.pace(work.avatar, work.lod).seconds_per_frame or 1.0)
 
     def largest_batch(self, avatar: Avatar, lod: str) -> int:
         """Frames within the budget and the time of a micro-batch; few as long as the speed is not known."""

@@ -55,6 +55,8 @@ class EngineLost(Overloaded):
 class RemoteEngine:
     """The `Engine` of one graph; who runs it is decided with each call, as a rule a replica that has it already."""
 
+    alone_up_to = 0
+
     def __init__(self, engines: DeploymentHandle, graph: bytes, timeout_s: float) -> None:
         """Have the graph loaded somewhere.
 

@@ -136,7 +136,7 @@ def lbs_graph(skeleton: Skeleton, scale: float = 1.0, opset: int = 18, output: s
 class NumpyEngine:
     """An engine without ONNX Runtime that remembers what it was asked."""
 
-    device, provider = "cpu", "numpy"
+    device, provider, alone_up_to = "cpu", "numpy", 0
 
     def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton

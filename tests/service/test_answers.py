@@ -225,7 +225,7 @@ class Room:
     def __init__(self, vertices: Any) -> None:
         self.vertices, self.batches, self.closed = vertices, 0, False
 
-    async def sequence(self, avatar: Any, lod: str, poses: PoseSequence, deadline: Any) -> Any:
+    async def sequence(self, avatar: Any, lod: str, poses: PoseSequence, deadline: Any, **_: Any) -> Any:
         try:
             for start in range(0, len(poses), 5):
                 self.batches += 1

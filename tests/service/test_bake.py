@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 class Bulging:
     """Skinning whose canonical surface swells with the pose, as a PIN's does: what a baked file must learn."""
 
-    device, provider = "cpu", "numpy"
+    device, provider, alone_up_to = "cpu", "numpy", 0
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh

@@ -15,7 +15,7 @@ import pytest
 
 from service.avatars import Avatar, AvatarStore
 from service.bundle.files import write_bundle
-from service.engine_room import READ_AHEAD, EngineRoom
+from service.engine_room import INLINE_S, READ_AHEAD, EngineRoom
 from service.errors import (
     AvatarUnavailable,
     DeadlinePassed,
@@ -40,10 +40,11 @@ class Engine:
     device, provider = "cpu", "scripted"
 
     def __init__(self, world: "World") -> None:
-        self._world, self.spoilt = world, False
+        self._world, self.spoilt, self.alone_up_to = world, False, world.alone_up_to
 
     def repose(self, canonical_vertices: Any, bones: Any, roots: Any) -> Any:
         world = self._world
+        world.threads.append(threading.get_ident())
         world.inside += 1
         world.gate.wait(10)
         world.inside -= 1
@@ -66,7 +67,9 @@ class World:
         self.batches: list[int] = []
         self.inside = 0
         """Batches that wait for the gate."""
-        self.built = 0
+        self.built = self.alone_up_to = 0
+        self.threads: list[int] = []
+        """That computed the batches."""
         self.spoils: Callable[[Any], bool] = lambda roots: False
         self.check_fault: Callable[[Any], None] = lambda steps: None
         self.change: Callable[[Any], Any] = lambda vertices: vertices
@@ -126,6 +129,10 @@ async def several(room: EngineRoom, avatar: Avatar, start: int, frames: int) -> 
     poses = walk(frames, start)
     done = await room.repose(avatar, "standard", poses.rotations, poses.translation, live=False)
     return step_of(avatar, done.vertices)
+
+
+async def frames_of(batches: AsyncIterator[Any]) -> int:
+    return sum([len(batch.vertices) async for batch in batches])
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -197,15 +204,69 @@ async def test_a_live_frame_overtakes_a_long_sequence(bundle_dir: Path, world: W
         task.cancel()
 
 
+async def on_the_loop(room: EngineRoom, world: World, avatar: Avatar, frames: int = 1, **terms: Any) -> bool:
+    """Whether these frames are computed by the event loop itself, were it not for the part of its time that may go
+    into that."""
+    room._inline_from_s = 0.0
+    world.threads.clear()
+    poses = walk(frames)
+    await room.repose(avatar, "standard", poses.rotations, poses.translation, **terms)
+    return threading.get_ident() in world.threads
+
+
+async def test_a_live_frame_that_is_alone_and_quick_needs_no_thread(bundle_dir: Path, world: World) -> None:
+    world.alone_up_to = V
+    async with opened(bundle_dir, world, parallel_inferences=2) as (room, _, avatar):
+        pace = room._queue.pace(avatar, "standard")
+        assert await on_the_loop(room, world, avatar)
+        assert not await on_the_loop(room, world, avatar, frames=2)
+        assert not await on_the_loop(room, world, avatar, live=False)
+        for seconds, wanted in ((INLINE_S, True), (1.1 * INLINE_S, False), (0.0, False), (0.001, True)):
+            pace.seconds_per_frame = seconds
+            assert await on_the_loop(room, world, avatar) == wanted
+        world.gate.clear()
+        running = asyncio.create_task(several(room, avatar, 0, 2))
+        await until(lambda: world.inside == 1)
+        asyncio.get_running_loop().call_later(0.05, world.gate.set)
+        assert not await on_the_loop(room, world, avatar)
+        assert await running == [0, 1]
+        # What goes wrong there is dealt with as elsewhere.
+        world.spoils = lambda roots: roots[0, 0, 3] == 13
+        room._inline_from_s = 0.0
+        with pytest.raises(EngineFailed):
+            await live(room, avatar, 13)
+        assert await live(room, avatar, 14) == [14]
+        assert world.built == 2
+        avatar.engine.alone_up_to = V - 1
+        assert not await on_the_loop(room, world, avatar)
+
+
+async def test_the_loop_computes_for_a_quarter_of_its_time_at_most(bundle_dir: Path, world: World) -> None:
+    world.alone_up_to = V
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        world.change = lambda vertices: (time.sleep(0.02), vertices)[1]
+        assert await on_the_loop(room, world, avatar)
+        world.threads.clear()
+        assert await live(room, avatar) == [0]
+        assert threading.get_ident() not in world.threads
+        until_s = room._inline_from_s
+        assert until_s - time.monotonic() > 0.02  # three times as long as it took, less that one
+        await asyncio.sleep(until_s - time.monotonic() + 0.001)
+        assert await live(room, avatar) == [0]
+        assert threading.get_ident() in world.threads
+
+
 async def test_fault_17_overload_is_refused_with_a_time_to_come_back(bundle_dir: Path, world: World) -> None:
     async with opened(bundle_dir, world, queue_ms=50) as (room, _, avatar), AsyncExitStack() as stack:
         batches = await stack.enter_async_context(aclosing(room.sequence(avatar, "standard", walk(100))))  # 0.1 s
         await anext(batches)
-        with pytest.raises(Overloaded) as refused:  # it would take twice as long as alone
+        more = await stack.enter_async_context(aclosing(room.sequence(avatar, "standard", walk(100))))
+        await anext(more)
+        with pytest.raises(Overloaded) as refused:  # it would take three times as long as alone
             await anext(room.sequence(avatar, "standard", walk(100)))
         assert refused.value.headers["Retry-After"] == "1"
-        short = [batch async for batch in room.sequence(avatar, "standard", walk(20))]  # would wait for 20 ms only
-        assert sum(len(batch.vertices) for batch in short) == 20
+        assert await frames_of(room.sequence(avatar, "standard", walk(20))) == 20  # goes before both
+        assert await frames_of(room.sequence(avatar, "standard", walk(100), in_background=True)) == 100
     async with opened(bundle_dir, world, live_queue_ms=5) as (room, _, avatar):
         running = await computing(world, avatar, room)
         waiting = [asyncio.create_task(live(room, avatar)) for _ in range(6)]
@@ -214,6 +275,31 @@ async def test_fault_17_overload_is_refused_with_a_time_to_come_back(bundle_dir:
             await live(room, avatar)
         world.gate.set()
         assert await asyncio.gather(running, *waiting) == [[0]] * 7
+
+
+async def test_what_ends_sooner_goes_first_and_what_is_in_the_background_last(bundle_dir: Path, world: World) -> None:
+    terms = {"batch_vertex_frames": 5 * V, "queue_ms": 10_000}
+    async with opened(bundle_dir, world, **terms) as (room, _, avatar):
+        done = {"background": 0, "long": 0, "short": 0}
+        at_the_end: dict[str, dict[str, int]] = {}
+
+        async def compute(name: str, frames: int, **terms: Any) -> None:
+            async for batch in room.sequence(avatar, "standard", walk(frames), **terms):
+                done[name] += len(batch.vertices)
+            at_the_end[name] = dict(done)
+
+        world.change = lambda vertices: (time.sleep(0.002), vertices)[1]  # so that the next pieces are always there
+        running = await computing(world, avatar, room)
+        background = asyncio.create_task(compute("background", 250, in_background=True))
+        both = [asyncio.create_task(compute(name, frames)) for name, frames in (("long", 400), ("short", 200))]
+        await settle()
+        world.gate.set()
+        await asyncio.gather(running, background, *both)
+    assert list(at_the_end) == ["short", "long", "background"]
+    # Two thirds and a sixth each while there are three; then three quarters and one.
+    assert at_the_end["short"]["long"] <= 200 / 4 + 20
+    assert at_the_end["short"]["background"] <= 200 / 4 + 20
+    assert 40 <= at_the_end["long"]["background"] < 250
 
 
 async def test_those_whose_clients_do_not_read_are_in_nobody_s_way(
@@ -225,7 +311,7 @@ async def test_those_whose_clients_do_not_read_are_in_nobody_s_way(
             await anext(batches)
             # As if a second and more had passed, in which nobody came for the next batch.
             for sequence in room._sequences:
-                sequence.left_s -= 2
+                sequence.taken_s -= 2
         assert len(room._sequences) == 5
 
 
@@ -248,7 +334,7 @@ async def test_fault_19_the_deadline_is_looked_at_when_the_work_s_turn_comes(bun
         poses, now = walk(1), time.monotonic()
         terms = object(), avatar, "standard", poses.rotations, poses.translation, True
         # Straight into the queue: nobody waits, so no timer fires.
-        late, early = (room._submit(Work(*terms, deadline)) for deadline in (now, now + 30))
+        late, early = (room._submit(Work(*terms, deadline, 1)) for deadline in (now, now + 30))
         await asyncio.wait([late.future, early.future], timeout=10)
         assert isinstance(late.future.exception(), DeadlinePassed)
         assert step_of(avatar, early.future.result().vertices) == [0]

@@ -86,6 +86,29 @@ async def test_a_job_may_be_longer_than_a_request(serve: Any, motion: Any) -> No
         assert (await post(client, {"poses": np.zeros((101, 72))})).status_code == 413
 
 
+async def test_a_job_and_a_long_request_do_not_shut_each_other_out_nor_anybody(serve: Any, engine: Any) -> None:
+    """A job has been accepted, so it waits for its turn, and is in nobody's way."""
+    async with serve(make_engine=lambda _: engine, batch_vertex_frames=1, queue_ms=0) as client:
+        engine.spoil = lambda v: (time.sleep(0.005), v)[1]
+
+        async def request(frames: int) -> int:
+            return (await post(client, {"poses": np.full((frames, 72), 0.01 * frames)}, to="repose")).status_code
+
+        long = asyncio.create_task(request(200))
+        while not engine.batches[5:]:
+            await asyncio.sleep(0.01)
+        job_id = (await post(client, {"poses": np.zeros((30, 72))})).json()["id"]
+        assert await request(10) == 200
+        assert (await ended(client, job_id))["state"] == "done"
+        assert await long == 200
+        job_id = (await post(client, {"poses": np.zeros((300, 72))})).json()["id"]
+        while not client.app.state.jobs._working:
+            await asyncio.sleep(0.01)
+        assert [await request(frames) for frames in (5, 350)] == [200, 200]
+        assert (await client.get(f"/jobs/{job_id}")).json()["state"] in ("queued", "running", "done")
+        assert (await ended(client, job_id))["state"] == "done"
+
+
 async def test_a_job_that_is_not_wanted_any_more_stops(serve: Any, engine: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(jobs, "BEAT_S", 0.02)
     async with serve(make_engine=lambda _: engine, batch_vertex_frames=1) as client:

@@ -137,7 +137,7 @@ def test_graphs_and_meshes_are_stored_once_and_go_by_their_content() -> None:
 class Runner:
     """The engine in a replica: adds the root's place to the mesh while the gate is open."""
 
-    device, provider = "cpu", "numpy"
+    device, provider, alone_up_to = "cpu", "numpy", 0
 
     def __init__(self) -> None:
         self.gate, self.began = threading.Event(), threading.Event()

@@ -128,7 +128,7 @@ class Gate:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self.device, self.provider = engine.device, engine.provider
+        self.device, self.provider, self.alone_up_to = engine.device, engine.provider, 0
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()

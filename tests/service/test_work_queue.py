@@ -1,5 +1,7 @@
 """Laws of the order in which frames are computed, under arbitrary traffic."""
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,16 @@ BODIES = [Body(), Body()]
 AVATAR: Any = BODIES[0]
 
 
-def work(client: object, frames: int = 1, live: bool = False, avatar: Any = AVATAR, lod: str = "standard") -> Work:
-    return Work(client, avatar, lod, np.zeros((frames, 24, 3, 3)), np.zeros((frames, 3)), live, None, 0.0, None)  # type: ignore[arg-type]
+def work(
+    client: object,
+    frames: int = 1,
+    live: bool = False,
+    avatar: Any = AVATAR,
+    lod: str = "standard",
+    frames_left: float = 1.0,
+) -> Work:
+    poses: Any = np.zeros((frames, 24, 3, 3)), np.zeros((frames, 3))
+    return Work(client, avatar, lod, *poses, live, None, frames_left, 0.0, None)  # type: ignore[arg-type]
 
 
 def known_speed(queue: WorkQueue, seconds_per_frame: float) -> None:
@@ -35,8 +45,9 @@ def known_speed(queue: WorkQueue, seconds_per_frame: float) -> None:
             queue.pace(body, lod).learn(1, seconds_per_frame)  # type: ignore[arg-type]
 
 
+lengths = st.sampled_from([1.0, 50.0, math.inf])
 arrivals = st.tuples(
-    st.just("add"), st.integers(0, 4), st.integers(1, 9), st.booleans(), st.integers(0, 1), st.booleans()
+    st.just("add"), st.integers(0, 4), st.integers(1, 9), st.booleans(), st.integers(0, 1), st.booleans(), lengths
 )
 traffic = st.lists(arrivals | st.just(("take",)) | st.just(("finish",)) | st.just(("call off",)), max_size=80)
 
@@ -77,9 +88,9 @@ def test_whatever_comes_the_laws_hold(traffic: list[Any], seconds_per_frame: flo
 
     for what, *details in traffic:
         if what == "add":
-            client, frames, live, body, preview = details
+            client, frames, live, body, preview, left = details
             lod = "preview" if preview else "standard"
-            piece = work(clients[client], frames, live, BODIES[body], lod)
+            piece = work(clients[client], frames, live, BODIES[body], lod, left)
             bulk_seen[piece] = any(not batch[0].live for batch in running)  # the first of them to end makes room
             queue.add(piece)
             waiting.append(piece)
@@ -137,7 +148,35 @@ def test_clients_take_turns_whatever_they_have_waiting() -> None:
     while batch := queue.take():
         served += [w.client for w in batch]
         queue.finished(batch, went_well=False)
-    assert served == [many, few, many, few, many, many, many, many]
+    assert served[:4].count(few) == 2
+    assert served[4:] == [many] * 4
+
+
+@pytest.mark.parametrize("seconds_per_frame", [0.0, 5.0])  # one frame a batch; not measured yet, and known
+def test_the_shortest_has_half_of_the_engine_and_the_others_half_of_their_turns(seconds_per_frame: float) -> None:
+    queue = WorkQueue(BUDGET, BATCH_S)
+    if seconds_per_frame:
+        known_speed(queue, seconds_per_frame)
+    lengths: dict[str, float] = {"job": math.inf, "longer": 400, "long": 300, "short": 10}
+    clients = {name: object() for name in lengths}
+    for name, left in lengths.items():
+        for n in range(2 * int(min(left, 300))):
+            queue.add(work(clients[name], frames_left=left - n))
+    names = {id(client): name for name, client in clients.items()}
+    served = []
+    for _ in range(400):
+        batch = queue.take()
+        served += [names[id(work.client)] for work in batch]
+        queue.finished(batch, went_well=False)
+    # Of each two batches one at least is the shortest's, until it has no more.
+    end = max(n for n, name in enumerate(served) if name == "short")
+    assert all("short" in pair for pair in pairwise(served[:end]))
+    assert end <= 2 * 20
+    others = served[end + 1 :]
+    assert all("long" in pair for pair in pairwise(others))
+    # The rest have half of what taking turns would give them, however much of shorter ones there is.
+    for name in ("job", "longer"):
+        assert others.count(name) >= len(others) // (2 * 3) - 1
 
 
 def test_live_goes_before_bulk_but_bulk_is_not_starved() -> None:
