@@ -293,6 +293,7 @@ def problem(
     if detail:
         body["detail"] = detail
     body |= {"instance": request.url.path, "code": code, **extra}
+    request.state.problem = code  # for the access log
     if request_id := request.scope.get("state", {}).get("request_id"):
         body["request_id"] = request_id
     return JSONResponse(body, status, media_type=PROBLEM_TYPE, headers={"Cache-Control": "no-store"})
@@ -302,9 +303,10 @@ async def as_problem(request: HTTPConnection, error: Exception) -> Response:
     """Render an error of ours."""
     assert isinstance(error, AvatarServiceError)
     if error.status >= 500:
-        method = request.scope.get("method", "WebSocket")
-        # To refuse work is no fault of ours, and comes by the thousand when it comes.
-        level = logging.INFO if isinstance(error, Overloaded | Draining | DeadlinePassed) else logging.ERROR
+        method, level = request.scope.get("method", "WebSocket"), logging.ERROR
+        if isinstance(error, Overloaded | Draining | DeadlinePassed):
+            # No fault of ours, and by the thousand when it comes: of HTTP a line in the access log is enough.
+            level = logging.DEBUG if request.scope["type"] == "http" else logging.INFO
         log.log(level, "%s %s: %s: %s", method, request.url.path, error.code, error, exc_info=error.__cause__)
     # A 5xx message may name paths and hosts, so only its title leaves the process.
     detail = str(error) if error.status < 500 else None

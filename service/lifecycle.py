@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Draining, Overloaded
+from service.errors import AvatarServiceError, Draining, Overloaded
 from service.limits import refuse
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,11 @@ class Traffic:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES:
             return await self._app(scope, receive, send)
-        if self._lifecycle.draining:
-            error = Draining("the service is shutting down", {"Connection": "close", "Retry-After": "1"})
-            return await refuse(scope, receive, send, error)
+        error = self._refusal()
         if scope["type"] == "websocket":
-            return await self._app(scope, receive, send)
-        if self._lifecycle.in_flight >= self._max_in_flight:
-            return await refuse(scope, receive, send, Overloaded("too many requests are in flight"))
+            return await (refuse(scope, receive, send, error) if error else self._app(scope, receive, send))
         began, status = time.monotonic(), 499  # what nginx calls a client that has gone
+        state = scope.setdefault("state", {})
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -73,17 +70,24 @@ class Traffic:
 
         self._lifecycle.in_flight += 1
         try:
-            return await self._app(scope, receive, answer)
+            return await (refuse(scope, receive, answer, error) if error else self._app(scope, receive, answer))
         finally:
             self._lifecycle.in_flight -= 1
             # The path is the client's: escaped, so that it stays on its line.
             path = scope["path"].encode("unicode_escape").decode()
             seconds = time.monotonic() - began
-            access_log.info(
-                "%s %s %d %.1f ms",
-                *(scope["method"], path, status, 1000 * seconds),
-                extra={"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)},
-            )
+            fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)}
+            if "problem" in state:
+                fields["problem"] = state["problem"]
+            access_log.info("%s %s %d %.1f ms", scope["method"], path, status, 1000 * seconds, extra=fields)
+
+    def _refusal(self) -> AvatarServiceError | None:
+        """Why nothing is served now; None if it is."""
+        if self._lifecycle.draining:
+            return Draining("the service is shutting down", {"Connection": "close", "Retry-After": "1"})
+        if self._lifecycle.in_flight >= self._max_in_flight:
+            return Overloaded("too many requests are in flight")
+        return None
 
 
 @asynccontextmanager

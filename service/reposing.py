@@ -41,7 +41,7 @@ DIGEST, ARRIVED = "reposer.request_digest", "reposer.arrived_s"
 JSON_TYPES = ("application/json",)
 NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
 MAX_TIMEOUT_S = 24 * 3600
-BLOCK_BYTES, SLICE_BYTES = 512 << 10, 256 << 10
+BLOCK_BYTES = SLICE_BYTES = 512 << 10
 """What is kept lies in blocks of that size or more, and leaves in slices."""
 REMEMBERED = 1024
 """Requests of which is known what they ask for."""

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     """Requests and WebSocket handshakes a second of one key, or of one address without keys; 0 sets no limit."""
     burst_requests: int = Field(default=20, ge=1)
     """So many of them may come at once after a pause."""
-    batch_vertex_frames: int = Field(default=131_072, ge=1)
+    batch_vertex_frames: int = Field(default=262_144, ge=1)
     """Frames times vertices given to the engine at once: bounds the memory, whatever the length of the sequence."""
     threads: int = Field(default=0, ge=0)
     """Threads of one inference on the CPU; 0 takes one for each core the process may use."""

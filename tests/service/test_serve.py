@@ -88,6 +88,7 @@ def stuck_client(url: str) -> socket.socket:
 def test_fault_31_sigterm_under_load_lets_what_is_in_flight_finish(start: Start, tmp_path: Path) -> None:
     server, url = start("--cpu", REPOSER_DRAIN_GRACE_S="300")
     wait_for(f"{url}/readyz", 200)
+    assert HTTP.get(f"{url}/avatars/nobody").status_code == 404
     with HTTP.stream("POST", f"{url}/avatars/tiny/repose", content=motion(2000), headers=HEADERS) as answer:
         pieces = answer.iter_raw()
         received = [next(pieces)]  # 9 MB are more than all buffers hold: it goes on only when it is read
@@ -107,6 +108,9 @@ def test_fault_31_sigterm_under_load_lets_what_is_in_flight_finish(start: Start,
     assert {"time", "level", "logger", "message", "request_id"} <= set(records[0])
     done = [record for record in records if record.get("status") == 200 and record["logger"] == "service.access"]
     assert any(record["path"] == "/avatars/tiny/repose" and record["request_id"] != "-" for record in done)
+    refusals = {(record["path"], record["status"], record["problem"]) for record in records if "problem" in record}
+    assert refusals == {("/avatars/nobody", 404, "avatar-not-found"), ("/avatars/tiny/repose", 503, "draining")}
+    assert not any("problem" in record for record in done)
 
 
 def test_fault_31_a_stuck_client_cannot_keep_the_process(start: Start) -> None:
