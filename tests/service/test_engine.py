@@ -68,6 +68,24 @@ def test_threads_share_the_vertices_of_a_single_frame(
     np.testing.assert_allclose(shared.repose(vertices, bones[2:3], roots[2:3]), engine.repose(*inputs)[2:3], atol=1e-5)
 
 
+def test_it_is_said_which_frames_are_computed_by_the_thread_that_calls(
+    make_graph: Callable[..., bytes], inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "WORTH_A_THREAD", 20)
+    ran_by, here = OnnxEngine._run, threading.get_ident()
+    used: list[int] = []
+    monkeypatch.setattr(OnnxEngine, "_run", lambda *run: (used.append(threading.get_ident()), ran_by(*run)))
+    vertices, bones, roots = inputs
+    alone = OnnxEngine(make_graph(), threads=3, cpu_only=True)
+    assert alone.alone_up_to == 39
+    alone.repose(vertices[:39], bones[:1], roots[:1])
+    assert used == [here]
+    alone.repose(vertices[:40], bones[:1], roots[:1])
+    assert len(used) == 3
+    assert here not in used[1:]
+    assert OnnxEngine(make_graph(), plain=True).alone_up_to == 0
+
+
 def test_answers_are_the_callers_own(make_graph: Callable[..., bytes], inputs) -> None:
     """A later run must not write into an earlier answer."""
     engine = OnnxEngine(make_graph(), threads=1)

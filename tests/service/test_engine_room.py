@@ -221,6 +221,10 @@ async def test_a_live_frame_that_is_alone_and_quick_needs_no_thread(bundle_dir: 
         assert await on_the_loop(room, world, avatar)
         assert not await on_the_loop(room, world, avatar, frames=2)
         assert not await on_the_loop(room, world, avatar, live=False)
+        world.threads.clear()
+        room._inline_from_s = 0.0
+        assert await asyncio.gather(live(room, avatar, 1), live(room, avatar, 2)) == [[1], [2]]  # one batch
+        assert threading.get_ident() not in world.threads
         for seconds, wanted in ((INLINE_S, True), (1.1 * INLINE_S, False), (0.0, False), (0.001, True)):
             pace.seconds_per_frame = seconds
             assert await on_the_loop(room, world, avatar) == wanted

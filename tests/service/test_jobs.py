@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from service.errors import InsufficientStorage, JobNotFound
 from service.job_store import Job, JobStore
 from service.poses import PoseSequence
 from service.redis_link import RedisLink
+from service.sequences import OVERLOADED_S
 
 pytestmark = pytest.mark.anyio
 
@@ -86,27 +88,42 @@ async def test_a_job_may_be_longer_than_a_request(serve: Any, motion: Any) -> No
         assert (await post(client, {"poses": np.zeros((101, 72))})).status_code == 413
 
 
-async def test_a_job_and_a_long_request_do_not_shut_each_other_out_nor_anybody(serve: Any, engine: Any) -> None:
-    """A job has been accepted, so it waits for its turn, and is in nobody's way."""
+async def test_a_job_is_accepted_work_so_it_waits_for_its_turn_and_shuts_nobody_out(
+    serve: Any, engine: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(jobs, "BEAT_S", 0.02)
     async with serve(make_engine=lambda _: engine, batch_vertex_frames=1, queue_ms=0) as client:
-        engine.spoil = lambda v: (time.sleep(0.005), v)[1]
+        engine.spoil = lambda v: (time.sleep(0.003), v)[1]
+        numbers = itertools.count(1)
 
         async def request(frames: int) -> int:
-            return (await post(client, {"poses": np.full((frames, 72), 0.01 * frames)}, to="repose")).status_code
+            return (await post(client, {"poses": np.full((frames, 72), 0.01 * next(numbers))}, to="repose")).status_code
 
-        long = asyncio.create_task(request(200))
-        while not engine.batches[5:]:
-            await asyncio.sleep(0.01)
-        job_id = (await post(client, {"poses": np.zeros((30, 72))})).json()["id"]
-        assert await request(10) == 200
-        assert (await ended(client, job_id))["state"] == "done"
-        assert await long == 200
-        job_id = (await post(client, {"poses": np.zeros((300, 72))})).json()["id"]
-        while not client.app.state.jobs._working:
-            await asyncio.sleep(0.01)
-        assert [await request(frames) for frames in (5, 350)] == [200, 200]
-        assert (await client.get(f"/jobs/{job_id}")).json()["state"] in ("queued", "running", "done")
-        assert (await ended(client, job_id))["state"] == "done"
+        async def job(frames: int) -> str:
+            return (await post(client, {"poses": np.full((frames, 72), 0.01 * next(numbers))})).json()["id"]
+
+        async def under_way(job_id: str) -> None:
+            async with asyncio.timeout(30):
+                while not (await client.get(f"/jobs/{job_id}")).json()["frames_done"]:
+                    await asyncio.sleep(0.01)
+
+        assert await request(20) == 200  # from now on its speed is known
+        two = [asyncio.create_task(request(150)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        assert await request(150) == 503  # a third one would have to wait for longer than it takes itself
+        beside = await job(150)
+        await under_way(beside)
+        assert not any(task.done() for task in two)
+        assert (await ended(client, beside))["state"] == "done"
+        assert await asyncio.gather(*two) == [200, 200]
+
+        await asyncio.sleep(OVERLOADED_S)
+        running = await job(400)
+        await under_way(running)
+        two = [asyncio.create_task(request(200)) for _ in range(2)]  # with the job, it would be three
+        assert await asyncio.gather(*two) == [200, 200]
+        assert (await client.get(f"/jobs/{running}")).json()["state"] == "running"
+        assert (await ended(client, running))["state"] == "done"
 
 
 async def test_a_job_that_is_not_wanted_any_more_stops(serve: Any, engine: Any, monkeypatch: Any) -> None:
