@@ -73,7 +73,8 @@ class Avatar:
         return min(self.bundle.meshes, key=lambda lod: len(self.bundle.meshes[lod].vertices))
 
     def repose(self, lod: str, rotations: NDArray[np.float32], translation: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(F, 24, 3, 3), (F, 3) -> vertices (F, V, 3), metres; not checked for NaN.  Takes long: for worker threads.
+        """(F, 24, 3, 3), (F, 3) -> vertices (F, V, 3), metres; not checked for NaN.  Takes long: for worker threads,
+        but for a frame that the engine computes alone.
 
         Raises:
             OutputInvalid: the engine's answer has the wrong shape.
@@ -244,7 +245,7 @@ class AvatarStore:
 
         def build() -> None:
             avatar.engine = self._make_engine(avatar.bundle.repose_onnx)
-            avatar.check()
+            avatar.check(*avatar.bundle.meshes)  # the first frame of each mesh takes longer than the next ones
 
         try:
             await to_thread.run_sync(build)

@@ -27,7 +27,7 @@ _SIGNS_OF_TOO_LITTLE_MEMORY = ("Failed to allocate memory", "out of memory", "AL
 
 
 class Engine(Protocol):
-    """Reposes one avatar.  Called from worker threads, several at a time."""
+    """Reposes one avatar.  Called from worker threads, several at a time, and see `alone_up_to`."""
 
     device: str
     """`cuda` or `cpu`: where it really runs."""

@@ -137,7 +137,7 @@ class EngineRoom:
         client, size = client or object(), self._queue.largest_batch(avatar, lod)
         cuts = [slice(start, start + size) for start in range(0, len(rotations), size)]
         works = [
-            self._submit(Work(client, avatar, lod, *part, live, deadline, len(rotations)))
+            self._submit(Work(client, avatar, lod, *part, live, deadline, math.inf))  # streams have no end
             for part in ((rotations[cut], translation[cut]) for cut in cuts)
         ]
         try:
@@ -300,6 +300,8 @@ class EngineRoom:
         if all(isinstance(result, OutputInvalid) for result in results):
             await self._heal(avatar, engine)
         seconds = time.monotonic() - began
+        if went_well and wanted[0].live and len(wanted) == len(wanted[0]) == 1:
+            self._queue.pace(avatar, wanted[0].lod).alone_s = seconds
         self._answer(wanted, results, began, seconds)
         # In the loop's next turn, behind those who now have what they waited for.
         asyncio.get_running_loop().call_soon(self._count, wanted, began, seconds)
@@ -326,7 +328,7 @@ class EngineRoom:
         pace = self._queue.pace(work.avatar, work.lod)
         return (
             (work.live and len(works) == len(work) == 1 and pace.vertices <= work.avatar.engine.alone_up_to)
-            and (0 < pace.seconds_per_frame <= INLINE_S and now >= self._inline_from_s)
+            and (0 < pace.alone_s <= INLINE_S and now >= self._inline_from_s)
             and not self._in_threads
         )
 
@@ -404,7 +406,7 @@ class EngineRoom:
 
 
 def _infer(works: list[Work], most_frames: int) -> list[_Result]:
-    """In a worker thread: the vertices (F, V, 3) of each piece of work, or what is wrong with them."""
+    """In a thread, or at once: the vertices (F, V, 3) of each piece of work, or what is wrong with them."""
     avatar, lod = works[0].avatar, works[0].lod
     rotations = _joined([work.rotations for work in works])
     translation = _joined([work.translation for work in works])

@@ -305,8 +305,10 @@ async def as_problem(request: HTTPConnection, error: Exception) -> Response:
     if error.status >= 500:
         method, level = request.scope.get("method", "WebSocket"), logging.ERROR
         if isinstance(error, Overloaded | Draining | DeadlinePassed):
-            # No fault of ours, and by the thousand when it comes: of HTTP a line in the access log is enough.
-            level = logging.DEBUG if request.scope["type"] == "http" else logging.INFO
+            # No fault of ours, and by the thousand when it comes: of HTTP the line in the access log says enough.
+            enough = request.scope["type"] == "http" and error.__cause__ is None
+            level = logging.DEBUG if enough else logging.INFO
+        request.state.reason = str(error)  # for the access log
         log.log(level, "%s %s: %s: %s", method, request.url.path, error.code, error, exc_info=error.__cause__)
     # A 5xx message may name paths and hosts, so only its title leaves the process.
     detail = str(error) if error.status < 500 else None

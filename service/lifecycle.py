@@ -56,7 +56,7 @@ class Traffic:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES:
             return await self._app(scope, receive, send)
-        error = self._refusal()
+        error = self._refusal(scope)
         if scope["type"] == "websocket":
             return await (refuse(scope, receive, send, error) if error else self._app(scope, receive, send))
         began, status = time.monotonic(), 499  # what nginx calls a client that has gone
@@ -68,24 +68,24 @@ class Traffic:
                 status = message["status"]
             await send(message)
 
-        self._lifecycle.in_flight += 1
+        # Those that are refused are in nobody's way: neither counted, nor waited for in the end.
+        self._lifecycle.in_flight += error is None
         try:
             return await (refuse(scope, receive, answer, error) if error else self._app(scope, receive, answer))
         finally:
-            self._lifecycle.in_flight -= 1
+            self._lifecycle.in_flight -= error is None
             # The path is the client's: escaped, so that it stays on its line.
             path = scope["path"].encode("unicode_escape").decode()
             seconds = time.monotonic() - began
             fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)}
-            if "problem" in state:
-                fields["problem"] = state["problem"]
+            fields |= {name: state[name] for name in ("problem", "reason") if name in state}
             access_log.info("%s %s %d %.1f ms", scope["method"], path, status, 1000 * seconds, extra=fields)
 
-    def _refusal(self) -> AvatarServiceError | None:
-        """Why nothing is served now; None if it is."""
+    def _refusal(self, scope: Scope) -> AvatarServiceError | None:
+        """Why nothing of the kind is served now; None if it is."""
         if self._lifecycle.draining:
             return Draining("the service is shutting down", {"Connection": "close", "Retry-After": "1"})
-        if self._lifecycle.in_flight >= self._max_in_flight:
+        if scope["type"] == "http" and self._lifecycle.in_flight >= self._max_in_flight:
             return Overloaded("too many requests are in flight")
         return None
 

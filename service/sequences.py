@@ -12,10 +12,12 @@ from service.metrics import Metrics
 from service.work_queue import WorkQueue
 
 UNDER_OVERLOAD = 0.1
-"""What remains of the time that a sequence can be kept waiting once one had to be refused.  With what it costs to
-refuse the rest, and whatever else holds the machine up, it then takes less than twice as long as alone."""
-OVERLOADED_S = 1.0
-"""After a refusal, and each further one, it takes so long to forget it."""
+"""What remains under overload of the time that a sequence can be kept waiting.  With what it costs to refuse the rest,
+and whatever else holds the machine up, it then takes less than twice as long as alone."""
+OVERLOAD_S = 1.0
+"""About so far back it is looked whether most were refused."""
+MOST_TOGETHER = 4
+"""All others may take so many times as long as a sequence may be kept waiting, until each has had as much as it."""
 STALLED_S = 1.0
 """A sequence whose client has not come for more for so long is not in the way of others."""
 
@@ -35,16 +37,17 @@ class Sequences:
     """Those that are admitted, and whether there are too many.
 
     What ends sooner goes first (`work_queue.py`), so those that have less left than a sequence takes itself keep it
-    waiting.  The longer ones, whatever number of them, have half of the engine meanwhile at most: they do not shut it
-    out, nor does it starve them.  A few may wait for each other.  If more come, that is an overload: nobody gains if
-    all take long, so until it is over nearly nobody waits, and the rest are told at once to come back.
+    waiting; the longer ones have half of the engine meanwhile at most, so they do not shut it out.  A few may wait for
+    each other.  If most have to be refused, that is an overload: nobody gains if all take long, so until it is over
+    nearly nobody waits, and the rest are told at once to come back.
     """
 
     def __init__(self, queue: WorkQueue, queue_s: float, metrics: Metrics) -> None:
         """`queue_s`: so long everybody can be kept waiting, and as long as it takes itself."""
         self._queue, self._queue_s, self._metrics = queue, queue_s, metrics
         self._admitted: set[Sequence] = set()
-        self._refused_s = -math.inf
+        self._lately_refused = self._lately_admitted = 0.0
+        self._counted_s = -math.inf
 
     def __len__(self) -> int:
         return len(self._admitted)
@@ -60,6 +63,7 @@ class Sequences:
             Overloaded: as `check`.
         """
         self.check(avatar, lod, frames)
+        self._count(refused=False)
         sequence = Sequence(avatar, lod, frames)
         self._admitted.add(sequence)
         try:
@@ -73,15 +77,32 @@ class Sequences:
         Raises:
             Overloaded: others would keep it waiting for too long.
         """
-        own_s, now = self._seconds(avatar, lod, frames), time.monotonic()
-        delay_s = sum(left_s for left_s in map(self._left, self._admitted) if left_s <= own_s)
+        own_s = self._seconds(avatar, lod, frames)
+        left = [self._left(other) for other in self._admitted]
+        sooner_s = sum(left_s for left_s in left if left_s <= own_s)
+        together_s = sum(min(left_s, own_s) for left_s in left)
         bearable_s = max(own_s, self._queue_s)
-        if now - self._refused_s < OVERLOADED_S:
-            bearable_s *= UNDER_OVERLOAD
-        if delay_s > bearable_s:
-            self._refused_s = now
+        if sooner_s > bearable_s * (UNDER_OVERLOAD if self._overloaded() else 1) or (
+            together_s > bearable_s * MOST_TOGETHER
+        ):
+            self._count(refused=True)
             self._metrics.refused("overloaded")
-            raise Overloaded(f"others would keep it waiting for {delay_s:.2g} s", retry_after_s=delay_s)
+            raise Overloaded(f"others would keep it waiting for {together_s:.2g} s", retry_after_s=together_s)
+
+    def _overloaded(self) -> bool:
+        self._fade()
+        return self._lately_refused > self._lately_admitted + 1
+
+    def _count(self, *, refused: bool) -> None:
+        self._fade()
+        self._lately_refused += refused
+        self._lately_admitted += not refused
+
+    def _fade(self) -> None:
+        now = time.monotonic()
+        kept = math.exp((self._counted_s - now) / OVERLOAD_S)
+        self._lately_refused, self._lately_admitted = kept * self._lately_refused, kept * self._lately_admitted
+        self._counted_s = now
 
     def _left(self, sequence: Sequence) -> float:
         """Seconds of the engine that it will still take soon."""

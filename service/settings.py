@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     """A batch takes about this long: how long a live frame may have to wait for work that began before it came."""
     queue_ms: float = Field(default=50.0, ge=0)
     """A request is refused if others would keep it waiting for longer than this and than it takes itself; a tenth of
-    that as long as requests have to be refused."""
+    that while most have to be refused."""
     live_queue_ms: float = Field(default=250.0, ge=0)
     """A live frame is refused if those that wait before it take longer than this."""
     max_requests: int = Field(default=256, ge=1)

@@ -3,8 +3,8 @@
 - A batch is work of one avatar, one level of detail and one line, within the budget of vertex-frames and about
   the time of a micro-batch.  Nothing waits for a batch to fill: it gathers while the one before is computed.
 - In each line the clients take turns, one piece each, whatever number of pieces they have waiting.  In the bulk line
-  every other batch goes to the one that would end soonest instead: a short sequence has half of the engine at least,
-  whatever long ones there are, and a long one half of its turns.
+  half of the engine's time goes to the one that would end soonest instead: a short sequence has that at least, whatever
+  long ones there are, and a long one half of its turns.
 - Live goes first.  If it never pauses, bulk gets a batch now and then, but the same piece of live work never has
   to wait for two of them.
 - Several batches are computed at a time, so that the engine has the next one when one ends.  While there are live
@@ -68,6 +68,8 @@ class Pace:
     vertices: int
     seconds_per_frame: float = 0.0
     """0 as long as nothing was measured."""
+    alone_s: float = 0.0
+    """How long the last live frame took that was computed alone; 0 as long as there was none."""
     most_frames: int = 1 << 30
     """Lowered when the device runs out of memory."""
 
@@ -148,7 +150,8 @@ class WorkQueue:
         self._budget, self._batch_s, self._places, self._clock = batch_vertex_frames, batch_s, places, clock
         self._live, self._bulk = _Line(), _Line()
         self._live_in_a_row = self._bulk_running = 0
-        self._bulk_in_turn = True
+        self._ahead_s = 0.0
+        """What those that end soonest have had of the engine beyond what went in turn."""
         self._live_seen_s = self._live_expected_s = -math.inf
         self._shares = _Shares(clock)
         self._paces: weakref.WeakKeyDictionary[Avatar, dict[str, Pace]] = weakref.WeakKeyDictionary()
@@ -182,8 +185,11 @@ class WorkQueue:
             self._bulk_running += 1
             for work in self._live:
                 work.stood_back = True
-            self._bulk_in_turn = not self._bulk_in_turn
-            return self._gather(self._bulk, in_turn=self._bulk_in_turn)
+            in_turn = self._ahead_s > 0
+            batch = self._gather(self._bulk, in_turn=in_turn)
+            seconds = sum(len(work) * self._frame_seconds(work) for work in batch)
+            self._ahead_s += -seconds if in_turn else seconds
+            return batch
         self._live_in_a_row = self._live_in_a_row + bool(self._live) if self._bulk else 0
         return self._gather(self._live, in_turn=True)
 
@@ -224,8 +230,11 @@ class WorkQueue:
 
     def _seconds_left(self, work: Work) -> float:
         """How long its client would take alone from here on."""
-        # Frames of which nothing is known yet count as frames, so that infinitely many of them still do.
-        return work.frames_left * (self.pace(work.avatar, work.lod).seconds_per_frame or 1.0)
+        return work.frames_left * self._frame_seconds(work)
+
+    def _frame_seconds(self, work: Work) -> float:
+        # Frames of which nothing is known yet count all the same.
+        return self.pace(work.avatar, work.lod).seconds_per_frame or 1.0
 
     def largest_batch(self, avatar: Avatar, lod: str) -> int:
         """Frames within the budget and the time of a micro-batch; few as long as the speed is not known."""

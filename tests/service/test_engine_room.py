@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 import weakref
@@ -45,6 +46,7 @@ class Engine:
     def repose(self, canonical_vertices: Any, bones: Any, roots: Any) -> Any:
         world = self._world
         world.threads.append(threading.get_ident())
+        world.meshes.add(len(canonical_vertices))
         world.inside += 1
         world.gate.wait(10)
         world.inside -= 1
@@ -68,6 +70,8 @@ class World:
         self.inside = 0
         """Batches that wait for the gate."""
         self.built = self.alone_up_to = 0
+        self.meshes: set[int] = set()
+        """Sizes of those that were reposed."""
         self.threads: list[int] = []
         """That computed the batches."""
         self.spoils: Callable[[Any], bool] = lambda roots: False
@@ -207,6 +211,7 @@ async def test_a_live_frame_overtakes_a_long_sequence(bundle_dir: Path, world: W
 async def on_the_loop(room: EngineRoom, world: World, avatar: Avatar, frames: int = 1, **terms: Any) -> bool:
     """Whether these frames are computed by the event loop itself, were it not for the part of its time that may go
     into that."""
+    await live(room, avatar)  # so that it is known how long one takes
     room._inline_from_s = 0.0
     world.threads.clear()
     poses = walk(frames)
@@ -226,8 +231,11 @@ async def test_a_live_frame_that_is_alone_and_quick_needs_no_thread(bundle_dir: 
         assert await asyncio.gather(live(room, avatar, 1), live(room, avatar, 2)) == [[1], [2]]  # one batch
         assert threading.get_ident() not in world.threads
         for seconds, wanted in ((INLINE_S, True), (1.1 * INLINE_S, False), (0.0, False), (0.001, True)):
-            pace.seconds_per_frame = seconds
-            assert await on_the_loop(room, world, avatar) == wanted
+            pace.alone_s, room._inline_from_s = seconds, 0.0
+            world.threads.clear()
+            await live(room, avatar)
+            assert (threading.get_ident() in world.threads) == wanted
+            assert 0 < pace.alone_s < INLINE_S  # measured, there or here
         world.gate.clear()
         running = asyncio.create_task(several(room, avatar, 0, 2))
         await until(lambda: world.inside == 1)
@@ -237,8 +245,10 @@ async def test_a_live_frame_that_is_alone_and_quick_needs_no_thread(bundle_dir: 
         # What goes wrong there is dealt with as elsewhere.
         world.spoils = lambda roots: roots[0, 0, 3] == 13
         room._inline_from_s = 0.0
+        world.meshes.clear()
         with pytest.raises(EngineFailed):
             await live(room, avatar, 13)
+        assert world.meshes == {len(mesh.vertices) for mesh in avatar.bundle.meshes.values()}  # none is new any more
         assert await live(room, avatar, 14) == [14]
         assert world.built == 2
         avatar.engine.alone_up_to = V - 1
@@ -248,16 +258,18 @@ async def test_a_live_frame_that_is_alone_and_quick_needs_no_thread(bundle_dir: 
 async def test_the_loop_computes_for_a_quarter_of_its_time_at_most(bundle_dir: Path, world: World) -> None:
     world.alone_up_to = V
     async with opened(bundle_dir, world) as (room, _, avatar):
-        world.change = lambda vertices: (time.sleep(0.02), vertices)[1]
-        assert await on_the_loop(room, world, avatar)
-        world.threads.clear()
-        assert await live(room, avatar) == [0]
-        assert threading.get_ident() not in world.threads
-        until_s = room._inline_from_s
-        assert until_s - time.monotonic() > 0.02  # three times as long as it took, less that one
-        await asyncio.sleep(until_s - time.monotonic() + 0.001)
+        pace = room._queue.pace(avatar, "standard")
+        pace.alone_s, world.change = 0.001, lambda vertices: (time.sleep(0.02), vertices)[1]
         assert await live(room, avatar) == [0]
         assert threading.get_ident() in world.threads
+        until_s = room._inline_from_s
+        assert until_s - time.monotonic() > 0.04
+        for wait_s, wanted in ((0.0, False), (until_s - time.monotonic() + 0.001, True)):
+            await asyncio.sleep(wait_s)
+            pace.alone_s = 0.001
+            world.threads.clear()
+            assert await live(room, avatar) == [0]
+            assert (threading.get_ident() in world.threads) == wanted
 
 
 async def test_fault_17_overload_is_refused_with_a_time_to_come_back(bundle_dir: Path, world: World) -> None:
@@ -304,6 +316,16 @@ async def test_what_ends_sooner_goes_first_and_what_is_in_the_background_last(bu
     assert at_the_end["short"]["long"] <= 200 / 4 + 20
     assert at_the_end["short"]["background"] <= 200 / 4 + 20
     assert 40 <= at_the_end["long"]["background"] < 250
+
+
+async def test_a_stream_is_not_taken_for_something_that_ends_soon(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, _, avatar):
+        added: list[Work] = []
+        add = room._queue.add
+        room._queue.add = lambda work: (added.append(work), add(work))[1]  # type: ignore[method-assign]
+        assert await several(room, avatar, 0, 3) == [0, 1, 2]
+        assert await frames_of(room.sequence(avatar, "standard", walk(3))) == 3
+    assert [work.frames_left for work in added] == [math.inf, 3, 2]
 
 
 async def test_those_whose_clients_do_not_read_are_in_nobody_s_way(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service import reposing
 from service.errors import AvatarUnavailable, EngineFailed
+from service.lifecycle import Traffic
 
 pytestmark = pytest.mark.anyio
 POSES = {"poses": [[0.1] * 72]}
@@ -98,6 +100,31 @@ async def test_fault_17_a_flood_of_requests_is_refused_before_it_is_read(serve: 
         assert (await client.get("/livez")).status_code == 200
         client.app.state.lifecycle.in_flight = 2
         assert (await client.post(URL, json=POSES)).status_code == 200
+
+
+async def test_requests_that_are_refused_are_in_nobody_s_way(serve: Any) -> None:
+    """Not of others, not of streams, and the end does not wait for them."""
+    async with serve(max_requests=3) as client:
+        lifecycle = client.app.state.lifecycle
+        lifecycle.in_flight = 3
+
+        async def endless() -> AsyncIterator[bytes]:
+            yield b"P"
+            await asyncio.sleep(30)
+
+        refused = asyncio.create_task(client.post(URL, content=endless()))
+        await asyncio.sleep(0.1)
+        assert lifecycle.in_flight == 3
+        refused.cancel()
+        await asyncio.wait([refused])
+        assert lifecycle.in_flight == 3
+        served: list[str] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            served.append(scope["type"])
+
+        await Traffic(app, lifecycle, 3)({"type": "websocket", "path": "/avatars/tiny/stream"}, None, None)  # type: ignore[arg-type]
+        assert served == ["websocket"]
 
 
 async def test_metrics_count_what_happens(serve: Any) -> None:

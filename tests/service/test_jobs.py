@@ -24,7 +24,6 @@ from service.errors import InsufficientStorage, JobNotFound
 from service.job_store import Job, JobStore
 from service.poses import PoseSequence
 from service.redis_link import RedisLink
-from service.sequences import OVERLOADED_S
 
 pytestmark = pytest.mark.anyio
 
@@ -117,7 +116,6 @@ async def test_a_job_is_accepted_work_so_it_waits_for_its_turn_and_shuts_nobody_
         assert (await ended(client, beside))["state"] == "done"
         assert await asyncio.gather(*two) == [200, 200]
 
-        await asyncio.sleep(OVERLOADED_S)
         running = await job(400)
         await under_way(running)
         two = [asyncio.create_task(request(200)) for _ in range(2)]  # with the job, it would be three

@@ -4,12 +4,13 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from service import sequences
 from service.errors import Overloaded
 from service.metrics import Metrics
-from service.sequences import OVERLOADED_S, STALLED_S, UNDER_OVERLOAD, Sequences
+from service.sequences import MOST_TOGETHER, OVERLOAD_S, STALLED_S, UNDER_OVERLOAD, Sequences
 
 AVATAR: Any = SimpleNamespace(id="tiny")
 FRAME_S, QUEUE_S = 0.01, 0.05
@@ -54,8 +55,8 @@ def test_equals_wait_for_each_other_as_long_as_each_takes_itself_or_the_time_tha
 
 def test_under_overload_equals_are_computed_nearly_one_after_the_other(admitting: Sequences, clock: Clock) -> None:
     waited, running, began = [], [], clock.now
-    for _ in range(3000):  # a frame of the oldest one, and meanwhile two more ask
-        for _ in range(2):
+    for _ in range(3000):  # a frame of the oldest one, and meanwhile a few more ask
+        for _ in range(3):
             with ExitStack() as stack:
                 try:
                     one = stack.enter_context(admitting.admitted(AVATAR, "preview", 100))
@@ -75,28 +76,69 @@ def test_under_overload_equals_are_computed_nearly_one_after_the_other(admitting
         stack.close()
 
 
-def test_an_overload_is_over_when_nobody_was_refused_for_a_while(admitting: Sequences, clock: Clock) -> None:
+def test_an_overload_begins_when_most_are_refused_and_is_forgotten(admitting: Sequences, clock: Clock) -> None:
     with admitting.admitted(AVATAR, "preview", 100) as one, admitting.admitted(AVATAR, "preview", 100) as other:
-        assert not admits(admitting, 100)
-        one.frames_left, other.frames_left = 5, 40
-        for _ in range(10):  # refusing goes on, and so does the overload
-            clock.now += 0.9 * OVERLOADED_S
+        for refused in range(1, 6):
+            one.frames_left, other.frames_left = 90, 20
             assert not admits(admitting, 100)
-        other.frames_left = 5
+            one.frames_left, other.frames_left = 20, 20  # 0.4 s of the second that it would take
+            assert admits(admitting, 100) == (refused <= 3)  # two were admitted, and one is a beginning
+        one.frames_left, other.frames_left = 5, 4
         assert admits(admitting, 100)
-        other.frames_left = 40
-        clock.now += OVERLOADED_S
+        one.frames_left, other.frames_left = 20, 20
+        clock.now += 3 * OVERLOAD_S
         assert admits(admitting, 100)
 
 
-def test_longer_ones_shut_nobody_out(admitting: Sequences) -> None:
+@pytest.mark.parametrize("burst", [0, 30])
+def test_an_engine_that_is_half_busy_refuses_hardly_any_whatever_came_before(
+    admitting: Sequences, clock: Clock, burst: int
+) -> None:
+    """As it would if each refusal made the next one likelier."""
+    rng = np.random.default_rng(0)
+    arrivals = np.cumsum(rng.exponential(2 * 5 * FRAME_S, 2000))  # five frames each
+    running: list[tuple[ExitStack, Any]] = []
+    done = refused = 0
+
+    def ask() -> bool:
+        with ExitStack() as stack:
+            try:
+                one = stack.enter_context(admitting.admitted(AVATAR, "preview", 5))
+            except Overloaded:
+                return False
+            running.append((stack.pop_all(), one))
+            return True
+
+    for _ in range(burst):
+        ask()
+    began = clock.now
+    while done < len(arrivals) or running:
+        while done < len(arrivals) and began + arrivals[done] <= clock.now:
+            refused += not ask()
+            done += 1
+        clock.now += FRAME_S
+        if running:
+            running[0][1].frames_left -= 1
+            if not running[0][1].frames_left:
+                running.pop(0)[0].close()
+    assert refused <= 0.1 * len(arrivals)
+
+
+def test_longer_ones_shut_nobody_out_unless_they_are_very_many(admitting: Sequences) -> None:
     with ExitStack() as stack:
         for frames in (10_000, 9_000, 8_000):
             one = stack.enter_context(admitting.admitted(AVATAR, "preview", frames))
             one.frames_left = 700
-        assert not admits(admitting, 1000)  # an overload, from now on
+        for _ in range(20):
+            assert not admits(admitting, 1000)  # an overload, from now on
         for frames in (1, 10, 699):
             assert admits(admitting, frames)
+        for _ in range(MOST_TOGETHER - 3):
+            stack.enter_context(admitting.admitted(AVATAR, "preview", 600))
+        assert admits(admitting, 599)
+        stack.enter_context(admitting.admitted(AVATAR, "preview", 599))
+        assert not admits(admitting, 598)
+        assert admits(admitting, 1)
 
 
 def test_those_whose_clients_do_not_read_are_not_waited_for(admitting: Sequences, clock: Clock) -> None:

@@ -111,6 +111,9 @@ def test_fault_31_sigterm_under_load_lets_what_is_in_flight_finish(start: Start,
     refusals = {(record["path"], record["status"], record["problem"]) for record in records if "problem" in record}
     assert refusals == {("/avatars/nobody", 404, "avatar-not-found"), ("/avatars/tiny/repose", 503, "draining")}
     assert not any("problem" in record for record in done)
+    # What a 5xx keeps from the client is in the log.
+    reasons = {record["reason"] for record in records if record.get("problem") == "draining"}
+    assert reasons == {"the service is shutting down"}
 
 
 def test_fault_31_a_stuck_client_cannot_keep_the_process(start: Start) -> None:

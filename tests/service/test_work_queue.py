@@ -179,6 +179,24 @@ def test_the_shortest_has_half_of_the_engine_and_the_others_half_of_their_turns(
         assert others.count(name) >= len(others) // (2 * 3) - 1
 
 
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_the_shortest_has_half_of_the_time_however_small_its_pieces(frames: int) -> None:
+    queue, job, short = WorkQueue(BUDGET, BATCH_S), object(), object()
+    known_speed(queue, 0.012)  # eight frames a batch
+    for _ in range(400):
+        queue.add(work(job, 8, frames_left=math.inf))
+    for n in range(200):
+        queue.add(work(short, frames, frames_left=frames * (200 - n)))
+    seconds = {job: 0, short: 0}
+    while seconds[short] < 200 * frames:
+        batch = queue.take()
+        for piece in batch:
+            seconds[piece.client] += len(piece)
+        queue.finished(batch, went_well=False)
+        assert seconds[job] <= seconds[short] + 2 * 8
+    assert seconds[job] >= seconds[short] / 3 - 2 * 8
+
+
 def test_live_goes_before_bulk_but_bulk_is_not_starved() -> None:
     queue = WorkQueue(BUDGET, BATCH_S)
     known_speed(queue, 0.05)  # two frames a batch
