@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from starlette.datastructures import Headers
 
-from service import answers
+from service import answers, production
 from service.answers import FORMATS, FRAMES, FRAMES_Q16, FRAMES_Q16D, NDJSON, TABLE
 from service.avatars import Avatar
 from service.bundle.files import read_bundle
@@ -19,7 +20,7 @@ from service.cache import answer_key
 from service.engine import Batch
 from service.errors import OptionInvalid, TooManyFrames
 from service.formats.clip import Clip
-from service.frames import decode_stream
+from service.frames import FrameEncoder, decode_stream
 from service.metrics import Metrics
 from service.poses import PoseSequence
 from service.production import Order, Production, Times, pieces
@@ -262,6 +263,26 @@ async def test_every_format_is_the_same_in_pieces(avatar: Avatar, media_type: st
     expected = b"".join(answers.encode(media_type, iter([Batch(0, room.vertices, room.vertices[:, 0], 0)]), order.clip))
     if media_type not in (FRAMES_Q16D, answers.USD):
         assert b"".join(found) == expected
+
+
+@pytest.mark.parametrize("media_type", [FRAMES, FRAMES_Q16, FRAMES_Q16D])
+@pytest.mark.parametrize("allowed", [5, 4])
+async def test_what_is_soon_encoded_needs_no_thread(
+    avatar: Avatar, media_type: str, allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, encode, used = order_of(avatar, media_type, 25), FrameEncoder.encode, set[int]()
+
+    def noting(*arguments: Any, **terms: Any) -> bytes:
+        used.add(threading.get_ident())
+        return encode(*arguments, **terms)
+
+    monkeypatch.setattr(FrameEncoder, "encode", noting)
+    monkeypatch.setattr(production, "INLINE_VERTEX_FRAMES", allowed * len(order.clip.mesh.vertices))
+    room = Room(np.tile(order.clip.mesh.vertices, (25, 1, 1)))  # five frames at a time
+    async for _ in pieces(room, order, Times(), Metrics()):  # type: ignore[arg-type]
+        pass
+    here = threading.get_ident()
+    assert used == {here} if media_type != FRAMES_Q16D and allowed == 5 else here not in used
 
 
 async def test_what_is_not_taken_is_not_computed(avatar: Avatar) -> None:
