@@ -1,9 +1,9 @@
 """One reposing request from its body to its answer.
 
 All input is checked, and the first frame computed, before the status line leaves: a 200 is broken off later
-only if the machine itself fails.  Parsing, computing and encoding run in worker threads, one small batch at
-a time, so that the event loop stays free, requests share the device fairly, and a client that has gone stops
-the work at the next batch.
+only if the machine itself fails.  Parsing, computing and encoding run in worker threads, but for what takes less
+than to ask one, and one small batch at a time, so that the event loop stays free, requests share the device
+fairly, and a client that has gone stops the work at the next batch.
 """
 
 import hashlib
