@@ -96,6 +96,7 @@ class EngineRoom:
         await asyncio.gather(*self._workers, return_exceptions=True)
         while batch := self._queue.take():
             _refuse(batch, Draining("the service is shutting down"))
+            self._queue.finished(batch, went_well=False)
         self._pool.shutdown(wait=False)
 
     async def preload(self) -> None:
@@ -163,7 +164,8 @@ class EngineRoom:
         is not computed yet.
 
         Args:
-            in_background: nobody waits for it: it is never refused, is in nobody's way, and goes behind the others.
+            in_background: nobody waits for it: it is never refused, nobody is refused for it, and it has its turns only
+                while others end sooner.
 
         Raises:
             As `repose`; Overloaded only before the first batch.
@@ -298,6 +300,7 @@ class EngineRoom:
         except AvatarServiceError as error:
             results = await self._after_failure(wanted, engine, error)
         if all(isinstance(result, OutputInvalid) for result in results):
+            went_well = False  # what follows is not the time of a batch
             await self._heal(avatar, engine)
         seconds = time.monotonic() - began
         if went_well and wanted[0].live and len(wanted) == len(wanted[0]) == 1:
@@ -384,6 +387,8 @@ class EngineRoom:
             now = time.monotonic()
             rebuilt, self._rebuilt_s = now - self._rebuilt_s > REBUILD_INTERVAL_S, now
             log.error("the engine of %s is spoilt", avatar.id)
+            for lod in avatar.bundle.meshes:  # how soon a new one computes is not known
+                self._queue.pace(avatar, lod).alone_s = 0.0
             if rebuilt and await self._store.rebuild(avatar):
                 return False
             self._store.give_up(avatar)

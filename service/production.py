@@ -17,7 +17,7 @@ from service.formats.clip import Clip
 from service.metrics import Metrics
 from service.poses import PoseSequence
 
-INLINE_VERTEX_FRAMES = 80_000
+INLINE_VERTEX_FRAMES, INLINE_FRAMES = 80_000, 20
 """To encode so many as numbers takes 0.3 ms; to ask a thread for it takes longer on a busy machine."""
 
 
@@ -68,9 +68,10 @@ class _Feed:
         self._times.frames += len(batch.vertices)
         self._waiting.append(batch)
 
-    def vertex_frames(self) -> int:
-        """Of the batch that lies there; 0 if none does."""
-        return self._waiting[0].vertices.size // 3 if self._waiting else 0
+    def is_small(self) -> bool:
+        """Whether a batch lies there that is soon encoded."""
+        shape = self._waiting[0].vertices.shape[:2] if self._waiting else (0, 0)
+        return 0 < shape[0] <= INLINE_FRAMES and shape[0] * shape[1] <= INLINE_VERTEX_FRAMES
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -110,7 +111,7 @@ async def pieces(
                 if needs_batches:
                     await feed.fill()
                 began = time.perf_counter()
-                if quick and 0 < feed.vertex_frames() <= INLINE_VERTEX_FRAMES:
+                if quick and feed.is_small():
                     piece = next(chunks, None)
                 else:
                     piece = await to_thread.run_sync(next, chunks, None)

@@ -37,9 +37,9 @@ class Sequences:
     """Those that are admitted, and whether there are too many.
 
     What ends sooner goes first (`work_queue.py`), so those that have less left than a sequence takes itself keep it
-    waiting; the longer ones have half of the engine meanwhile at most, so they do not shut it out.  A few may wait for
-    each other.  If most have to be refused, that is an overload: nobody gains if all take long, so until it is over
-    nearly nobody waits, and the rest are told at once to come back.
+    waiting; the longer ones have half of the engine meanwhile at most, so a few of them do not shut it out.  A few may
+    wait for each other.  If most have to be refused, that is an overload: nobody gains if all take long, so until it is
+    over nearly nobody waits, and the rest are told at once to come back.
     """
 
     def __init__(self, queue: WorkQueue, queue_s: float, metrics: Metrics) -> None:

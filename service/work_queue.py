@@ -187,7 +187,9 @@ class WorkQueue:
                 work.stood_back = True
             in_turn = self._ahead_s > 0
             batch = self._gather(self._bulk, in_turn=in_turn)
-            seconds = sum(len(work) * self._frame_seconds(work) for work in batch)
+            # As long as nothing is known of an avatar, a batch of it counts as any other.
+            seconds_per_frame = self.pace(batch[0].avatar, batch[0].lod).seconds_per_frame
+            seconds = sum(map(len, batch)) * seconds_per_frame or self._batch_s
             self._ahead_s += -seconds if in_turn else seconds
             return batch
         self._live_in_a_row = self._live_in_a_row + bool(self._live) if self._bulk else 0
@@ -230,11 +232,8 @@ class WorkQueue:
 
     def _seconds_left(self, work: Work) -> float:
         """How long its client would take alone from here on."""
-        return work.frames_left * self._frame_seconds(work)
-
-    def _frame_seconds(self, work: Work) -> float:
-        # Frames of which nothing is known yet count all the same.
-        return self.pace(work.avatar, work.lod).seconds_per_frame or 1.0
+        # Frames of which nothing is known yet count as frames, so that infinitely many of them still do.
+        return work.frames_left * (self.pace(work.avatar, work.lod).seconds_per_frame or 1.0)
 
     def largest_batch(self, avatar: Avatar, lod: str) -> int:
         """Frames within the budget and the time of a micro-batch; few as long as the speed is not known."""

@@ -266,9 +266,9 @@ async def test_every_format_is_the_same_in_pieces(avatar: Avatar, media_type: st
 
 
 @pytest.mark.parametrize("media_type", [FRAMES, FRAMES_Q16, FRAMES_Q16D])
-@pytest.mark.parametrize("allowed", [5, 4])
+@pytest.mark.parametrize("allowed", [(5, 5), (4, 5), (5, 4)])
 async def test_what_is_soon_encoded_needs_no_thread(
-    avatar: Avatar, media_type: str, allowed: int, monkeypatch: pytest.MonkeyPatch
+    avatar: Avatar, media_type: str, allowed: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, encode, used = order_of(avatar, media_type, 25), FrameEncoder.encode, set[int]()
 
@@ -277,12 +277,13 @@ async def test_what_is_soon_encoded_needs_no_thread(
         return encode(*arguments, **terms)
 
     monkeypatch.setattr(FrameEncoder, "encode", noting)
-    monkeypatch.setattr(production, "INLINE_VERTEX_FRAMES", allowed * len(order.clip.mesh.vertices))
+    monkeypatch.setattr(production, "INLINE_VERTEX_FRAMES", allowed[0] * len(order.clip.mesh.vertices))
+    monkeypatch.setattr(production, "INLINE_FRAMES", allowed[1])
     room = Room(np.tile(order.clip.mesh.vertices, (25, 1, 1)))  # five frames at a time
     async for _ in pieces(room, order, Times(), Metrics()):  # type: ignore[arg-type]
         pass
     here = threading.get_ident()
-    assert used == {here} if media_type != FRAMES_Q16D and allowed == 5 else here not in used
+    assert used == {here} if media_type != FRAMES_Q16D and allowed == (5, 5) else here not in used
 
 
 async def test_what_is_not_taken_is_not_computed(avatar: Avatar) -> None:

@@ -318,6 +318,19 @@ async def test_what_ends_sooner_goes_first_and_what_is_in_the_background_last(bu
     assert 40 <= at_the_end["long"]["background"] < 250
 
 
+async def test_at_the_end_nobody_is_left_waiting_whatever_place_is_kept(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world, parallel_inferences=2) as (room, _, avatar):
+        for frame in (0, 1):
+            await live(room, avatar, frame)  # more is expected, and a place is kept for it
+        world.gate.clear()
+        waiting = [asyncio.create_task(several(room, avatar, 0, 22)) for _ in range(5)]
+        await settle()
+        asyncio.get_running_loop().call_later(0.2, world.gate.set)
+    done, pending = await asyncio.wait(waiting, timeout=5)
+    assert not pending
+    assert all(isinstance(task.exception(), Draining) for task in done)
+
+
 async def test_a_stream_is_not_taken_for_something_that_ends_soon(bundle_dir: Path, world: World) -> None:
     async with opened(bundle_dir, world) as (room, _, avatar):
         added: list[Work] = []

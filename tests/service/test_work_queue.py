@@ -179,6 +179,24 @@ def test_the_shortest_has_half_of_the_engine_and_the_others_half_of_their_turns(
         assert others.count(name) >= len(others) // (2 * 3) - 1
 
 
+def test_what_is_not_known_yet_costs_the_others_no_more_than_a_batch() -> None:
+    queue, long, short = WorkQueue(BUDGET, BATCH_S), object(), object()
+    known_speed(queue, 0.012)
+    new: Any = Body()  # of which nothing ever gets known
+    for n in range(60):
+        queue.add(work(long, 8, frames_left=1000 - 8 * n))
+        queue.add(work(short, 8, frames_left=500 - 8 * n))
+    served = {long: 0, short: 0}
+    for n in range(60):
+        if n % 6 == 0:
+            queue.add(work(object(), 1, avatar=new, frames_left=math.inf))
+        batch = queue.take()
+        for piece in batch:
+            served[piece.client] = served.get(piece.client, 0) + 1
+        queue.finished(batch, went_well=False)
+    assert min(served[long], served[short]) >= 10
+
+
 @pytest.mark.parametrize("frames", [1, 2, 7])
 def test_the_shortest_has_half_of_the_time_however_small_its_pieces(frames: int) -> None:
     queue, job, short = WorkQueue(BUDGET, BATCH_S), object(), object()
