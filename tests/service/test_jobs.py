@@ -107,10 +107,10 @@ async def test_a_job_is_accepted_work_so_it_waits_for_its_turn_and_shuts_nobody_
                     await asyncio.sleep(0.01)
 
         assert await request(20) == 200  # from now on its speed is known
-        two = [asyncio.create_task(request(150)) for _ in range(2)]
+        two = [asyncio.create_task(request(300)) for _ in range(2)]
         await asyncio.sleep(0.1)
-        assert await request(150) == 503  # a third one would have to wait for longer than it takes itself
-        beside = await job(150)
+        assert await request(300) == 503  # a third one would have to wait for longer than it takes itself
+        beside = await job(300)
         await under_way(beside)
         assert not any(task.done() for task in two)
         assert (await ended(client, beside))["state"] == "done"
