@@ -151,8 +151,7 @@ class AvatarStore:
     async def _get(self, avatar_id: str) -> Avatar:
         if not is_avatar_id(avatar_id):
             raise AvatarNotFound("there is no avatar of that name")
-        if avatar := self._loaded.get(avatar_id):
-            self._loaded.move_to_end(avatar_id)
+        if avatar := self.at_hand(avatar_id):
             return avatar
         if time.monotonic() < self._damaged.get(avatar_id, -1e9):
             raise AvatarUnavailable(f"the bundle of {avatar_id} could not be loaded")
@@ -277,6 +276,13 @@ class AvatarStore:
                     continue  # logged where it was raised; it will be asked for, or not
         finally:
             self.preloaded.set()
+
+    def at_hand(self, avatar_id: str) -> Avatar | None:
+        """The avatar of that name, now the most recently used one, if it is loaded."""
+        avatar = self._loaded.get(avatar_id)
+        if avatar is not None:
+            self._loaded.move_to_end(avatar_id)
+        return avatar
 
     def in_memory(self, avatar_id: str) -> Avatar | None:
         """The avatar of that name, if it is loaded; a look, not a use."""

@@ -1,9 +1,11 @@
 """What a request for a sequence meets before it is parsed.
 
-Under overload most requests are refused, for nothing but their length.  The beginning of an .npz tells it; to read each
+A request that was answered before, byte for byte, is given what is at hand.  The same poses written in another way have
+the same answer, but only who reads them knows.
+
+Under overload most others are refused, for nothing but their length.  The beginning of an .npz tells it; to read each
 of them with care would take the time of those that were let in.  It is not to be believed, only good enough to refuse
-by: whoever passes is looked at in full, and may still be refused.  The same poses written in another way have the same
-answer, but only who reads them knows: under overload only the same request, byte for byte, is given what is at hand.
+by: whoever passes is looked at in full, and may still be refused.
 """
 
 import re
@@ -13,7 +15,7 @@ from functools import partial
 
 from pydantic import ValidationError
 from starlette.datastructures import Headers, QueryParams
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import answers
@@ -30,7 +32,8 @@ _PATH = re.compile(r"/avatars/([^/]+)/repose")
 
 
 class Gate:
-    """ASGI middleware: refuses short bodies of sequences that the engine room has no time for."""
+    """ASGI middleware: of requests with short bodies, it answers those that were answered before, and refuses those
+    that the engine room has no time for."""
 
     def __init__(
         self, app: ASGIApp, settings: Settings, store: AvatarStore, room: EngineRoom, reposing: Reposing
@@ -54,14 +57,17 @@ class Gate:
             return await refuse(scope, receive, send, error)
         if body is not None:
             scope[DIGEST] = request_digest(scope, body)
+            response = None
             try:
-                if not self._reposing.has_at_hand(scope[DIGEST]):
+                response = self._reposing.repeated(path[1], Request(scope))
+                if response is None and not self._reposing.is_on_its_way(scope[DIGEST]):
                     self._check(path[1], scope, headers, body)
             except Overloaded as error:
                 response = await as_problem(HTTPConnection(scope), error)
-                return await response(scope, replay, send)
             except (AvatarServiceError, ValidationError):
                 pass  # who reads it in full says why it will not do
+            if response is not None:
+                return await response(scope, replay, send)
         return await self._app(scope, replay, send)
 
     def _check(self, avatar_id: str, scope: Scope, headers: Headers, body: bytes) -> None:

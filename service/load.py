@@ -70,10 +70,15 @@ class Received:
     """From the sending of its pose."""
 
 
-def received_seconds(http: HTTPConnection, avatar: str, motion: Motion, frame_bytes: int) -> tuple[float, float]:
+def received_seconds(
+    http: HTTPConnection, avatar: str, motion: Motion, frame_bytes: int, x_cache: str | None = "miss"
+) -> tuple[float, float]:
     """Seconds until the first and until the last frame of a sequence have come, as q16.
 
     With the standard library: httpx takes as long to receive a cached answer as the service takes to send it.
+
+    Args:
+        x_cache: how the service is to have come by the answer; None: in whatever way.
     """
     call = repose_call(avatar, motion.poses, motion.translation, frames_type("q16"), {})
     expected = frame_bytes * len(motion.poses)
@@ -86,9 +91,12 @@ def received_seconds(http: HTTPConnection, avatar: str, motion: Motion, frame_by
     # Piece by piece into the same place: to be given memory for the whole takes a client as long as to receive it.
     while count := answer.readinto(received):
         size += count
-    if (answer.status, size) != (200, expected):
-        raise RuntimeError(f"expected {expected} bytes, got {size} with status {answer.status}")
-    return first, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    came_by = answer.headers["X-Cache"]
+    if (answer.status, size, came_by) != (200, expected, x_cache or came_by):
+        wanted = f"expected {expected} bytes, a {x_cache or 'hit or miss'}"
+        raise RuntimeError(f"{wanted}; got {size} with status {answer.status}, {came_by}")
+    return first, seconds
 
 
 def decoded_seconds(client: Client, avatar: str, motion: Motion) -> float:

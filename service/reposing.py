@@ -41,8 +41,8 @@ DIGEST, ARRIVED = "reposer.request_digest", "reposer.arrived_s"
 JSON_TYPES = ("application/json",)
 NPZ_TYPES = ("application/x-npz", "application/x-smpl", "application/octet-stream", "application/zip")
 MAX_TIMEOUT_S = 24 * 3600
-BLOCK_BYTES = SLICE_BYTES = 512 << 10
-"""What is kept lies in blocks of that size or more, and leaves in slices."""
+BLOCK_BYTES, SLICE_BYTES = 512 << 10, 1 << 20
+"""What is kept lies in blocks of that size or more, and leaves in slices of that size or less."""
 REMEMBERED = 1024
 """Requests of which is known what they ask for."""
 SHORT_BYTES, SHORT = 96 << 10, 500
@@ -72,10 +72,22 @@ class Reposing:
         self._on_its_way: dict[str, Production] = {}
         self._known: OrderedDict[bytes, _Known] = OrderedDict()  # by what `request_digest` gives
 
-    def has_at_hand(self, digest: bytes) -> bool:
-        """Whether the answer to the request that is known by this is here, or on its way."""
+    def repeated(self, avatar_id: str, request: Request) -> Response | None:
+        """The answer to a request that is known, byte for byte, if it takes no computing: all else is left out.
+
+        Raises:
+            OptionInvalid: the time that it is given is none.
+        """
+        known, avatar = self._known.get(request.scope[DIGEST]), self._store.at_hand(avatar_id)
+        if known is None or avatar is None or avatar.bundle.digest != known.headers["Reposer-Bundle"]:
+            return None
+        deadline_of(request.headers)
+        return self._at_hand(known, request, Times())
+
+    def is_on_its_way(self, digest: bytes) -> bool:
+        """Whether the answer to the request that is known by this is being made."""
         known = self._known.get(digest)
-        return known is not None and (known.key in self._on_its_way or self.cache.at_hand(known.key) is not None)
+        return known is not None and known.key in self._on_its_way
 
     async def answer(self, avatar_id: str, query: ReposeQuery, request: Request) -> Response:
         """Read the poses out of `request` and repose the avatar.
@@ -84,9 +96,6 @@ class Reposing:
             AvatarServiceError: the poses, the avatar or the format asked for will not do; the subclass says why.
         """
         times, deadline = Times(), deadline_of(request.headers, request.scope.get(ARRIVED))
-        known = await self._recall(avatar_id, request)
-        if known is not None and (answer := self._at_hand(known, request, times)) is not None:
-            return answer
         order = await self.order(avatar_id, query, request, times)
         known = await _understood(order)
         if (answer := self._at_hand(known, request, times)) is not None:
@@ -123,15 +132,6 @@ class Reposing:
         headers["Server-Timing"] = times.header()
         return _Stream(first, source, order.media_type, headers)
 
-    async def _recall(self, avatar_id: str, request: Request) -> _Known | None:
-        """What an equal request was understood to ask for, if the avatar is what it was then."""
-        digest = request.scope.get(DIGEST, b"")
-        known = self._known.get(digest)
-        if known is None:
-            return None
-        async with self._store.lease(avatar_id) as avatar:
-            return known if avatar.bundle.digest == known.headers["Reposer-Bundle"] else None
-
     def _remember(self, request: Request, known: _Known) -> None:
         if (digest := request.scope.get(DIGEST)) is not None:
             self._known[digest] = known
@@ -156,8 +156,7 @@ class Reposing:
     def _hit(self, cached: Pieces, known: _Known, times: Times) -> Response:
         self._metrics.cache.labels("hit").inc()
         headers = known.headers | {"X-Cache": "hit", "Server-Timing": times.header()}
-        headers["Content-Length"] = str(byte_count(cached))
-        return StreamingResponse(_slices(cached), media_type=known.media_type, headers=headers)
+        return _Whole(cached, known.media_type, headers)
 
     async def order(
         self, avatar_id: str, query: ReposeQuery, request: Request, times: Times, in_background: bool = False
@@ -232,6 +231,23 @@ class Reposing:
             del self._on_its_way[key]
 
 
+class _Whole(Response):
+    """Sends what is at hand, in slices.  There is nothing to call off when the client has gone, so that takes none of
+    the tasks of a `StreamingResponse`: what is sent to nobody is dropped by the server below."""
+
+    def __init__(self, answer: Pieces, media_type: str, headers: dict[str, str]) -> None:
+        super().__init__(media_type=media_type, headers=headers | {"Content-Length": str(byte_count(answer))})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for block in map(memoryview, self._answer):
+            for start in range(0, len(block), SLICE_BYTES):
+                body = block[start : start + SLICE_BYTES]
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
 class _Stream(StreamingResponse):
     """Sends pieces as they come, and calls off the rest when the client has gone, or was never reached."""
 
@@ -299,12 +315,6 @@ def _apart(pieces: list[bytes]) -> memoryview:
         into[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
         start += len(piece)
     return memoryview(memory).toreadonly()
-
-
-async def _slices(answer: Pieces) -> AsyncIterator[memoryview]:
-    for block in map(memoryview, answer):
-        for start in range(0, len(block), SLICE_BYTES):
-            yield block[start : start + SLICE_BYTES]
 
 
 async def _not_empty(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -12,10 +12,13 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from pythonjsonlogger.json import JsonFormatter
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.app import create_app
 from service.lifecycle import background
@@ -48,7 +51,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
         port=port,
         # Of what is installed, uvicorn would take whatever is fastest; this is what the tests know.
         loop="asyncio",
-        http="h11",
+        http=HttpProtocol,
         # A client that does not read would otherwise keep the process from ending (uvicorn 0.54).
         timeout_graceful_shutdown=CLOSE_S,
         ws=StreamSocket,
@@ -67,6 +70,26 @@ def serve(settings: Settings, host: str, port: int) -> int:
     server = _Server(config, app, settings.drain_grace_s)
     server.run(sockets=[listening])
     return server.exit_status
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's own, but for what sends."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = Connection(h11.SERVER)
+
+
+class Connection(h11.Connection):
+    """Hands on each piece of a body as it is.  h11's own copies it, unless it is `bytes`: a fifth of the time that a
+    cached answer takes."""
+
+    def send(self, event: Any) -> Any:
+        """What is to be sent for `event`: `bytes`, or the very data of it."""
+        parts = self.send_with_data_passthrough(event)
+        if parts is None:
+            return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class _Server(uvicorn.Server):

@@ -26,6 +26,7 @@ from service.app import create_app
 from service.bundle.files import write_bundle
 from service.bundle.glb import Mesh, strongest_bones
 from service.bundle.skeleton import SMPL_PARENTS, Skeleton
+from service.serve import HttpProtocol
 from service.settings import Settings
 
 REST_JOINTS = np.array(
@@ -218,7 +219,7 @@ def run_server() -> Callable[[Any], AbstractContextManager[tuple[str, int]]]:
             listener.bind(("127.0.0.1", 0))
             # The loop and the parser of `service.serve`.
             config = uvicorn.Config(
-                app, loop="asyncio", http="h11", log_level="critical", timeout_graceful_shutdown=1, ws="none"
+                app, loop="asyncio", http=HttpProtocol, log_level="critical", timeout_graceful_shutdown=1, ws="none"
             )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, args=([listener],))

@@ -1,7 +1,9 @@
 """The benchmark of the service: all of it, at tiny sizes, on a real server and a real Redis; no timing is judged."""
 
+import io
 import json
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,43 @@ def test_a_server_that_dies_is_a_crash_and_not_a_refusal(motion_file: Path) -> N
     nobody = "http://127.0.0.1:9"
     answered = bench_service.asyncio.run(load.one_by_one(nobody, "tiny", motion, frames=2, count=1))
     assert (answered.accepted, answered.refused, len(answered.failed)) == ([], [], 1)
+
+
+class _Answering:
+    """A connection on which everything is answered like this."""
+
+    def __init__(self, body: bytes, x_cache: str) -> None:
+        self.status, self.headers, self._body = 200, {"X-Cache": x_cache}, io.BytesIO(body)
+
+    def request(self, *_: Any) -> None: ...
+
+    def getresponse(self) -> Any:
+        return self
+
+    def readinto(self, into: memoryview) -> int:
+        return self._body.readinto(into)
+
+
+@pytest.mark.parametrize(
+    ("x_cache", "expected", "frames", "counts"),
+    [
+        ("hit", "hit", 7, True),
+        ("miss", "miss", 7, True),
+        ("hit", None, 7, True),
+        ("hit", "miss", 7, False),
+        ("miss", "hit", 7, False),
+        ("hit", "hit", 6, False),
+        ("hit", None, 8, False),
+    ],
+)
+def test_only_the_whole_answer_from_where_it_is_expected_counts(
+    motion_file: Path, x_cache: str, expected: str | None, frames: int, counts: bool
+) -> None:
+    connection: Any = _Answering(bytes(100 * frames), x_cache)
+    motion = load.Motion.read(motion_file).of_length(7)
+    with nullcontext() if counts else pytest.raises(RuntimeError, match="expected 700 bytes"):
+        first, whole = load.received_seconds(connection, "tiny", motion, 100, x_cache=expected)
+        assert 0 < first <= whole
 
 
 def test_no_two_requests_are_the_same_to_a_cache(motion_file: Path) -> None:

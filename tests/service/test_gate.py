@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from service import reposing
 from service.answers import FRAMES, SKINNED
+from service.bundle.files import write_bundle
 from service.errors import Overloaded
 from service.poses import frames_at_a_glance
 
@@ -170,6 +172,21 @@ async def test_the_same_request_again_is_not_parsed_again(serve: Any, parsed: li
         assert (await post(client, packed(poses=poses(9), fps=60))).headers["Reposer-Fps"] == "60"
         assert (await post(client, body, "?up_axis=z")).headers["Reposer-Up-Axis"] == "z"
         assert parsed == [9] * 4
+
+
+async def test_an_avatar_of_which_a_cached_answer_is_asked_for_is_in_use(
+    serve: Any, tmp_path: Path, bundle_parts: Any
+) -> None:
+    for name in ("tiny", "other"):
+        write_bundle(tmp_path / "both" / name, avatar_id=name, **bundle_parts)
+    body = packed(poses=poses(9))
+    async with serve(bundle_dir=tmp_path / "both") as client:
+        (await post(client, body)).raise_for_status()
+        (await client.get("/avatars/other/mesh")).raise_for_status()
+        loaded = client.app.state.store.loaded
+        assert [avatar.id for avatar in loaded()] == ["other", "tiny"]
+        assert (await post(client, body)).headers["X-Cache"] == "hit"
+        assert [avatar.id for avatar in loaded()] == ["tiny", "other"]
 
 
 async def test_what_is_known_of_a_request_ends_with_the_avatar_it_was_for(serve: Any, parsed: list[int]) -> None:

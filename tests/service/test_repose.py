@@ -408,6 +408,24 @@ async def test_what_is_kept_lies_in_blocks(sizes: list[int], monkeypatch: pytest
     assert all(large) or len(blocks) == 1
 
 
+@pytest.mark.parametrize("sizes", [[], [1], [10], [11, 1], [0, 20, 21, 9]])
+async def test_what_was_kept_leaves_whole_and_in_slices(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reposing, "SLICE_BYTES", 10)
+    blocks = tuple(np.random.default_rng(n).bytes(size) for n, size in enumerate(sizes))
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await reposing._Whole(blocks, "a/b", {"ETag": "x"})({"type": "http"}, send, send)
+    start, *bodies = sent
+    headers = {b"etag": b"x", b"content-type": b"a/b", b"content-length": str(sum(sizes)).encode()}
+    assert (start["type"], start["status"], dict(start["headers"])) == ("http.response.start", 200, headers)
+    assert b"".join(body["body"] for body in bodies) == b"".join(blocks)
+    assert max(len(body["body"]) for body in bodies) <= 10
+    assert [body.get("more_body", False) for body in bodies] == [True] * (len(bodies) - 1) + [False]
+
+
 async def test_an_answer_that_cannot_be_kept_is_given_all_the_same(
     serve: Any, motion: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import h11
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service import scheduling, serve
 from service.frames import decode_stream
@@ -50,6 +53,12 @@ def start(bundle_dir: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 HTTP = httpx.Client(timeout=30, verify=False, trust_env=False)  # made once: that takes longer than all its requests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    HTTP.close()
 
 
 def wait_for(url: str, status: int) -> httpx.Response:
@@ -122,6 +131,37 @@ def test_fault_31_a_stuck_client_cannot_keep_the_process(start: Start) -> None:
     with stuck_client(url):
         server.send_signal(signal.SIGTERM)
         assert server.wait(END_S) == 0
+
+
+def test_clients_that_leave_a_cached_answer_leave_nothing_behind(start: Start) -> None:
+    server, url = start("--cpu", REPOSER_DRAIN_GRACE_S="300")
+    wait_for(f"{url}/readyz", 200)
+    body = motion(2000)  # 9 MB are more than all buffers hold
+    first = HTTP.post(f"{url}/avatars/tiny/repose", content=body, headers=HEADERS)
+    for read in (0, 1 << 20):
+        with HTTP.stream("POST", f"{url}/avatars/tiny/repose", content=body, headers=HEADERS) as answer:
+            assert answer.headers["X-Cache"] == "hit"
+            pieces = answer.iter_raw()
+            assert sum(len(next(pieces)) for _ in range(read >> 16)) <= len(first.content) / 2
+    again = HTTP.post(f"{url}/avatars/tiny/repose", content=body, headers=HEADERS)
+    assert (again.headers["X-Cache"], again.content) == ("hit", first.content)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(END_S) == 0  # long before the time that what is in flight would have
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50), max_size=5), st.booleans())
+def test_a_connection_sends_what_h11_sends_and_does_not_copy_a_body(pieces: list[bytes], sized: bool) -> None:
+    mine, plain = serve.Connection(h11.SERVER), h11.Connection(h11.SERVER)
+    length = ("Content-Length", str(sum(map(len, pieces)))) if sized else ("Transfer-Encoding", "chunked")
+    for connection in (mine, plain):
+        connection.receive_data(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert isinstance(connection.next_event(), h11.Request)
+    data = [h11.Data(data=memoryview(piece)) for piece in pieces]  # type: ignore[arg-type]
+    for event in (h11.Response(status_code=200, headers=[length]), *data, h11.EndOfMessage(), h11.ConnectionClosed()):
+        sent, expected = mine.send(event), plain.send(event)
+        if sized and isinstance(event, h11.Data):
+            assert sent is event.data
+        assert sent == expected
 
 
 def test_an_idle_server_ends_at_once(start: Start) -> None:
