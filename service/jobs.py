@@ -23,7 +23,7 @@ from taskiq_redis import RedisStreamBroker
 
 from service.avatars import AvatarStore
 from service.engine_room import EngineRoom
-from service.errors import AvatarServiceError, InsufficientStorage, JobNotFound, VersionNotFound
+from service.errors import AvatarServiceError, InsufficientStorage, JobNotFound, Overloaded, VersionNotFound
 from service.formats.clip import Clip
 from service.job_store import Job, JobStore
 from service.metrics import Metrics
@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 """A worker shows at this interval that it lives, and how far it is, and looks whether its job is still wanted."""
 LOOK_S = 5.0
-"""Jobs that nobody was woken up for, or whose worker has died, are looked for at this interval."""
+"""Jobs that nobody was woken up for, whose worker has died, or that there was no room for, are looked for at this
+interval."""
 QUEUE = "reposer:jobs"
 RESERVED_BYTES = 16 << 20
 """Room on the disk is asked for in such steps while a result is written."""
@@ -151,7 +152,7 @@ class Jobs:
                     claim.touch()
                     job.state, job.frames_done = "running", times.frames
                     await to_thread.run_sync(self.store.save, job)
-            await self._end(job, doing)
+            await self._end(job, doing, claim)
         except asyncio.CancelledError:
             # The process ends in good order: that is no mark against the job.
             claim.unlink(missing_ok=True)
@@ -160,11 +161,18 @@ class Jobs:
             doing.cancel()
             await asyncio.gather(doing, return_exceptions=True)
 
-    async def _end(self, job: Job, doing: asyncio.Task[int]) -> None:
+    async def _end(self, job: Job, doing: asyncio.Task[int], claim: Path) -> None:
         if doing.cancelled():
             job.state = "cancelled"
         elif (error := doing.exception()) is None:
             job.state, job.frames_done, job.result_bytes = "done", job.frames, doing.result()
+        elif isinstance(error, Overloaded):
+            # There is no room for the avatar, or no memory on the device: it waits again, until it is looked for.
+            log.info("job %s is begun anew later: %s", job.id, error)
+            job.state, job.frames_done = "queued", 0
+            await to_thread.run_sync(self.store.save, job)
+            await to_thread.run_sync(claim.unlink)
+            return
         else:
             log.error("job %s failed", job.id, exc_info=error)
             job.state = "failed"

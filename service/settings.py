@@ -47,8 +47,8 @@ class Settings(BaseSettings):
     batch_ms: float = Field(default=25.0, gt=0)
     """A batch takes about this long: how long a live frame may have to wait for work that began before it came."""
     queue_ms: float = Field(default=50.0, ge=0)
-    """A request is refused if others would keep it waiting for longer than this and than it takes itself; a tenth of
-    that while most have to be refused."""
+    """A request is refused if those that end sooner would keep it waiting for longer than this and than it takes
+    itself, or all others for four times as long; a tenth of the first while most have to be refused."""
     live_queue_ms: float = Field(default=250.0, ge=0)
     """A live frame is refused if those that wait before it take longer than this."""
     max_requests: int = Field(default=256, ge=1)

@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 
 from service import job_store, jobs
 from service.answers import FRAMES, FRAMES_Q16, NPZ
-from service.errors import InsufficientStorage, JobNotFound
+from service.errors import InsufficientStorage, JobNotFound, Overloaded
 from service.job_store import Job, JobStore
 from service.poses import PoseSequence
 from service.redis_link import RedisLink
@@ -160,6 +160,38 @@ async def test_a_job_that_fails_says_why_and_may_be_asked_for_again(serve: Any, 
         engine.spoil = lambda v: v
         assert (await post(client, far)).status_code == 202
         assert (await ended(client, job_id))["state"] == "done"
+
+
+async def test_a_job_that_there_is_no_room_for_waits_until_there_is(
+    serve: Any, engine: Any, motion: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(jobs, "LOOK_S", 0.05)
+    refused: list[int] = []
+
+    def no_memory(vertices: Any) -> Any:
+        if len(refused) < 4:  # more often than it may cost workers their life
+            refused.append(len(vertices))
+            raise Overloaded("the device has no memory left")
+        return vertices
+
+    async with serve(make_engine=lambda _: engine) as client:
+        expected = (await post(client, motion, to="repose")).content
+        engine.spoil = no_memory
+        job_id = (await post(client, motion)).json()["id"]
+        assert (await ended(client, job_id))["state"] == "done"
+        assert len(refused) == 4
+        assert (await client.get(f"/jobs/{job_id}/result")).content == expected
+        # One that is not wanted any more does not wait for ever.
+        engine.spoil = no_memory_ever
+        job_id = (await post(client, motion, NPZ)).json()["id"]
+        await asyncio.sleep(0.3)
+        assert (await client.get(f"/jobs/{job_id}")).json()["state"] in ("queued", "running")
+        assert (await client.delete(f"/jobs/{job_id}")).status_code == 204
+        assert (await ended(client, job_id))["state"] == "cancelled"
+
+
+def no_memory_ever(_: Any) -> Any:
+    raise Overloaded("the device has no memory left")
 
 
 @pytest.mark.parametrize("job_id", ["0" * 64, "x", "0" * 63, "A" * 64, "..%2f" + "0" * 64])
