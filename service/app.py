@@ -87,7 +87,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    app.add_middleware(Traffic, lifecycle, settings.max_requests)
+    app.add_middleware(Traffic, lifecycle, metrics, settings.max_requests)
     app.add_middleware(Limits, settings)
     app.include_router(health_routes(settings, store, room, lifecycle, metrics))
     app.include_router(avatar_routes(store, uploads))

@@ -151,7 +151,8 @@ class AvatarStore:
     async def _get(self, avatar_id: str) -> Avatar:
         if not is_avatar_id(avatar_id):
             raise AvatarNotFound("there is no avatar of that name")
-        if avatar := self.at_hand(avatar_id):
+        if avatar := self._loaded.get(avatar_id):
+            self.touch(avatar)
             return avatar
         if time.monotonic() < self._damaged.get(avatar_id, -1e9):
             raise AvatarUnavailable(f"the bundle of {avatar_id} could not be loaded")
@@ -277,12 +278,9 @@ class AvatarStore:
         finally:
             self.preloaded.set()
 
-    def at_hand(self, avatar_id: str) -> Avatar | None:
-        """The avatar of that name, now the most recently used one, if it is loaded."""
-        avatar = self._loaded.get(avatar_id)
-        if avatar is not None:
-            self._loaded.move_to_end(avatar_id)
-        return avatar
+    def touch(self, avatar: Avatar) -> None:
+        """Count an avatar that is loaded as used now."""
+        self._loaded.move_to_end(avatar.id)
 
     def in_memory(self, avatar_id: str) -> Avatar | None:
         """The avatar of that name, if it is loaded; a look, not a use."""

@@ -1,5 +1,6 @@
-"""Folders in which other threads, processes and replicas rename and remove meanwhile."""
+"""Folders in which other threads, processes and replicas rename and remove meanwhile, and disks that are full."""
 
+import errno
 from pathlib import Path
 
 
@@ -10,3 +11,8 @@ def entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room left, on the disk or of what its owner may have."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -37,6 +37,7 @@ class Job(BaseModel):
     """A motion that is reposed in the background."""
 
     id: str = Field(description="Made of what is wanted: the same request is the same job.")
+    owner: str | None = Field(default=None, description="Name of the key that asked for it.")
     avatar: str
     bundle: str = Field(description="Digest of the avatar's bundle.")
     lod: str
@@ -99,6 +100,10 @@ class JobStore:
             job.state = "cancelled"
         return job
 
+    def jobs(self) -> list[Job]:
+        """All that are there, those asked for last first."""
+        return sorted(self._jobs(), key=lambda job: -job.created_s)
+
     def poses(self, job: Job) -> PoseSequence:
         """What is to be reposed."""
         path = self.folder / job.id / "poses.npz"
@@ -123,7 +128,9 @@ class JobStore:
         claims = self._claims(job_id)
         if len(claims) >= MAX_CLAIMS or (claims and _age_s(claims[-1]) < STALE_S):
             return None
-        path = self.folder / job_id / f"claim.{len(claims) + 1}"
+        # One in between may be gone: whose worker ended in good order.
+        number = int(claims[-1].suffix[1:]) + 1 if claims else 1
+        path = self.folder / job_id / f"claim.{number}"
         try:
             path.open("x").close()
         except OSError:  # another was faster, or the job is gone

@@ -5,13 +5,13 @@ that is lost, or comes twice, does no harm: a job is found by looking, and is wo
 """
 
 import asyncio
-import errno
+import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from anyio import to_thread
 from redis.asyncio.retry import Retry
@@ -24,6 +24,7 @@ from taskiq_redis import RedisStreamBroker
 from service.avatars import AvatarStore
 from service.engine_room import EngineRoom
 from service.errors import AvatarServiceError, InsufficientStorage, JobNotFound, Overloaded, VersionNotFound
+from service.folders import is_full
 from service.formats.clip import Clip
 from service.job_store import Job, JobStore
 from service.metrics import Metrics
@@ -35,8 +36,9 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 """A worker shows at this interval that it lives, and how far it is, and looks whether its job is still wanted."""
 LOOK_S = 5.0
-"""Jobs that nobody was woken up for, whose worker has died, or that there was no room for, are looked for at this
-interval."""
+"""Jobs that nobody was woken up for, or whose worker has died, are looked for at this interval."""
+AGAIN_S = (1.0, 5.0, 30.0)
+"""A job for which there is no room, for its avatar or on the device, is begun anew after so long."""
 QUEUE = "reposer:jobs"
 RESERVED_BYTES = 16 << 20
 """Room on the disk is asked for in such steps while a result is written."""
@@ -57,15 +59,19 @@ class Jobs:
         self._one_at_a_time = asyncio.Semaphore(1)
         self._working: set[asyncio.Task[None]] = set()
 
-    async def add(self, order: Order) -> tuple[Job, bool]:
+    async def add(self, order: Order, owner: str) -> tuple[Job, bool]:
         """Write down what is wanted, and wake a worker; the job that is there already, if it was asked for before.
+
+        Args:
+            owner: name of the key that asks; what another one has asked for is another job.
 
         Raises:
             InsufficientStorage: there is no room for it.
         """
         key = await to_thread.run_sync(key_of, order)
         job = Job(
-            id=key.rpartition(":")[2],
+            id=hashlib.sha256(f"{owner} {key}".encode()).hexdigest(),
+            owner=owner,
             avatar=order.avatar.id,
             bundle=order.avatar.bundle.digest,
             lod=order.lod,
@@ -77,7 +83,8 @@ class Jobs:
         )
         job, is_new = await to_thread.run_sync(self.store.add, job, order.poses)
         if is_new:
-            await self._wake(job.id)
+            # Nobody waits for a queue that does not answer.
+            self._work_on(self._wake(job.id))
         return job, is_new
 
     async def _wake(self, job_id: str) -> None:
@@ -124,10 +131,13 @@ class Jobs:
     async def work(self, job_id: str) -> None:
         """Do a job, unless somebody does it or it has ended."""
         # A task of its own, which is called off when the process ends; taskiq's would go on.
-        task = asyncio.create_task(self._claim_and_do(job_id))
+        await asyncio.wait([self._work_on(self._claim_and_do(job_id))])
+
+    def _work_on(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._working.add(task)
         task.add_done_callback(self._working.discard)
-        await asyncio.wait([task])
+        return task
 
     async def _claim_and_do(self, job_id: str) -> None:
         async with self._one_at_a_time:
@@ -152,7 +162,7 @@ class Jobs:
                     claim.touch()
                     job.state, job.frames_done = "running", times.frames
                     await to_thread.run_sync(self.store.save, job)
-            await self._end(job, doing, claim)
+            await self._end(job, doing)
         except asyncio.CancelledError:
             # The process ends in good order: that is no mark against the job.
             claim.unlink(missing_ok=True)
@@ -161,18 +171,11 @@ class Jobs:
             doing.cancel()
             await asyncio.gather(doing, return_exceptions=True)
 
-    async def _end(self, job: Job, doing: asyncio.Task[int], claim: Path) -> None:
+    async def _end(self, job: Job, doing: asyncio.Task[int]) -> None:
         if doing.cancelled():
             job.state = "cancelled"
         elif (error := doing.exception()) is None:
             job.state, job.frames_done, job.result_bytes = "done", job.frames, doing.result()
-        elif isinstance(error, Overloaded):
-            # There is no room for the avatar, or no memory on the device: it waits again, until it is looked for.
-            log.info("job %s is begun anew later: %s", job.id, error)
-            job.state, job.frames_done = "queued", 0
-            await to_thread.run_sync(self.store.save, job)
-            await to_thread.run_sync(claim.unlink)
-            return
         else:
             log.error("job %s failed", job.id, exc_info=error)
             job.state = "failed"
@@ -180,7 +183,17 @@ class Jobs:
         await to_thread.run_sync(self.store.save, job)
 
     async def _do(self, job: Job, times: Times) -> int:
-        """Write the result; gives its size."""
+        """Write the result, the second time if there was no room at first; gives its size."""
+        for wait_s in AGAIN_S:
+            try:
+                return await self._once(job, times)
+            except Overloaded as error:
+                log.info("job %s is begun anew: %s", job.id, error)
+                times.frames = 0
+                await asyncio.sleep(wait_s)
+        return await self._once(job, times)
+
+    async def _once(self, job: Job, times: Times) -> int:
         poses = await to_thread.run_sync(self.store.poses, job)
         async with self._avatars.lease(job.avatar) as avatar:
             if avatar.bundle.digest != job.bundle:
@@ -206,7 +219,7 @@ class Jobs:
             part.replace(result)
             return size
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise InsufficientStorage("the disk is full") from error
             raise
         finally:

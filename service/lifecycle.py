@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import AvatarServiceError, Draining, Overloaded
 from service.limits import refuse
+from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("service.access")
@@ -50,23 +51,25 @@ class Traffic:
     That one is for floods: long before it, the engine room refuses what it cannot compute in time.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, max_in_flight: int) -> None:
-        self._app, self._lifecycle, self._max_in_flight = app, lifecycle, max_in_flight
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, metrics: Metrics, max_in_flight: int) -> None:
+        self._app, self._lifecycle, self._metrics, self._max_in_flight = app, lifecycle, metrics, max_in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES:
             return await self._app(scope, receive, send)
         error = self._refusal(scope)
         if scope["type"] == "websocket":
-            return await (refuse(scope, receive, send, error) if error else self._app(scope, receive, send))
+            return await self._stream(scope, receive, send, error)
         began, status = time.monotonic(), 499  # what nginx calls a client that has gone
-        state = scope.setdefault("state", {})
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                return await send(message)
+            sending = time.monotonic()
             await send(message)
+            return self._metrics.send_seconds.observe(time.monotonic() - sending)
 
         # Those that are refused are in nobody's way: neither counted, nor waited for in the end.
         self._lifecycle.in_flight += error is None
@@ -74,12 +77,33 @@ class Traffic:
             return await (refuse(scope, receive, answer, error) if error else self._app(scope, receive, answer))
         finally:
             self._lifecycle.in_flight -= error is None
-            # The path is the client's: escaped, so that it stays on its line.
-            path = scope["path"].encode("unicode_escape").decode()
             seconds = time.monotonic() - began
-            fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)}
-            fields |= {name: state[name] for name in ("problem", "reason") if name in state}
-            access_log.info("%s %s %d %.1f ms", scope["method"], path, status, 1000 * seconds, extra=fields)
+            self._metrics.http_seconds.labels(status).observe(seconds)
+            _log(scope, scope["method"], status, seconds)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send, error: AvatarServiceError | None) -> None:
+        """A WebSocket: its status is the code that it was closed with, or that of the refusal."""
+        began, status = time.monotonic(), 1006  # as a connection that ended without a word
+
+        async def heard() -> Message:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                status = message.get("code", status)
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "websocket.close":
+                status = message.get("code", 1000)
+            elif message["type"] == "websocket.http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await (refuse(scope, heard, answer, error) if error else self._app(scope, heard, answer))
+        finally:
+            _log(scope, "WebSocket", status, time.monotonic() - began)
 
     def _refusal(self, scope: Scope) -> AvatarServiceError | None:
         """Why nothing of the kind is served now; None if it is."""
@@ -88,6 +112,19 @@ class Traffic:
         if scope["type"] == "http" and self._lifecycle.in_flight >= self._max_in_flight:
             return Overloaded("too many requests are in flight")
         return None
+
+
+def _log(scope: Scope, method: str, status: int, seconds: float) -> None:
+    state = scope.get("state", {})
+    # The path is the client's: escaped, so that it stays on its line.
+    path = scope["path"].encode("unicode_escape").decode()
+    fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 6)}
+    fields |= {name: state[name] for name in ("problem", "reason") if name in state}
+    if client := scope.get("client"):
+        fields["client"] = client[0]
+    if principal := state.get("principal"):
+        fields["key"] = principal.name
+    access_log.info("%s %s %d %.1f ms", method, path, status, 1000 * seconds, extra=fields)
 
 
 @asynccontextmanager

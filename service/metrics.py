@@ -26,6 +26,13 @@ class Metrics:
         self.infer_seconds = seconds("infer", "Time of a batch in the engine.")
         self.encode_seconds = seconds("encode", "Time to encode a piece of an answer.")
         self.send_seconds = seconds("send", "Time until the socket took a piece of an answer.")
+        self.http_seconds = Histogram(
+            "reposer_http_seconds",
+            "Time from the head of a request to the end of its answer, by status; 499: the client had gone.",
+            ["status"],
+            registry=registry,
+            buckets=SECONDS,
+        )
         self.loop_lag_seconds = seconds("loop_lag", "Time by which the event loop was late.")
         self.batch_frames = Histogram(
             "reposer_batch_frames", "Frames in a batch.", ["line"], registry=registry, buckets=FRAMES

@@ -13,6 +13,8 @@ from service import answers
 from service.avatars import Avatar
 from service.engine import Batch
 from service.engine_room import EngineRoom
+from service.errors import InsufficientStorage
+from service.folders import is_full
 from service.formats.clip import Clip
 from service.metrics import Metrics
 from service.poses import PoseSequence
@@ -97,7 +99,8 @@ async def pieces(
     No more than a few batches are in memory, and nothing is computed far ahead of the one who takes the pieces.
 
     Raises:
-        As `EngineRoom.sequence`.
+        InsufficientStorage: the disk has no room for what the answer is made in.
+        AvatarServiceError: as `EngineRoom.sequence`.
     """
     needs_batches = answers.TABLE[order.media_type].needs_batches
     quick = order.media_type in (answers.FRAMES, answers.FRAMES_Q16)
@@ -111,10 +114,15 @@ async def pieces(
                 if needs_batches:
                     await feed.fill()
                 began = time.perf_counter()
-                if quick and feed.is_small():
-                    piece = next(chunks, None)
-                else:
-                    piece = await to_thread.run_sync(next, chunks, None)
+                try:
+                    if quick and feed.is_small():
+                        piece = next(chunks, None)
+                    else:
+                        piece = await to_thread.run_sync(next, chunks, None)
+                except OSError as error:
+                    if is_full(error):
+                        raise InsufficientStorage("the disk is full") from error
+                    raise
                 seconds = time.perf_counter() - began
                 times.add("encode", seconds)
                 metrics.encode_seconds.observe(seconds)

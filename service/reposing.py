@@ -1,11 +1,12 @@
 """One reposing request from its body to its answer.
 
-All input is checked, and the first frame computed, before the status line leaves: a 200 is broken off later
+All input is checked, and the first bytes made, before the status line leaves: a 200 is broken off later
 only if the machine itself fails.  Parsing, computing and encoding run in worker threads, but for what takes less
 than to ask one, and one small batch at a time, so that the event loop stays free, requests share the device
 fairly, and a client that has gone stops the work at the next batch.
 """
 
+import asyncio
 import hashlib
 import math
 import mmap
@@ -78,11 +79,14 @@ class Reposing:
         Raises:
             OptionInvalid: the time that it is given is none.
         """
-        known, avatar = self._known.get(request.scope[DIGEST]), self._store.at_hand(avatar_id)
+        known, avatar = self._known.get(request.scope[DIGEST]), self._store.in_memory(avatar_id)
         if known is None or avatar is None or avatar.bundle.digest != known.headers["Reposer-Bundle"]:
             return None
         deadline_of(request.headers)
-        return self._at_hand(known, request, Times())
+        answer = self._at_hand(known, request, Times())
+        if answer is not None:
+            self._store.touch(avatar)
+        return answer
 
     def is_on_its_way(self, digest: bytes) -> bool:
         """Whether the answer to the request that is known by this is being made."""
@@ -122,7 +126,9 @@ class Reposing:
             else:
                 source = self._kept(key, order, times, deadline)
         try:
-            first = await anext(source)
+            # A file that leaves as a whole has no bytes before it is made; until then it can fail with a status.
+            while not (first := await anext(source)):
+                pass
         except BaseException:
             await source.aclose()
             raise
@@ -245,6 +251,8 @@ class _Whole(Response):
             for start in range(0, len(block), SLICE_BYTES):
                 body = block[start : start + SLICE_BYTES]
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+                # To a fast reader, all of it would be sent before anybody else's turn comes.
+                await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -51,7 +52,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
         port=port,
         # Of what is installed, uvicorn would take whatever is fastest; this is what the tests know.
         loop="asyncio",
-        http=HttpProtocol,
+        http=partial(HttpProtocol, send_idle_s=settings.send_idle_s),  # type: ignore[arg-type] - a class or as good as one
         # A client that does not read would otherwise keep the process from ending (uvicorn 0.54).
         timeout_graceful_shutdown=CLOSE_S,
         ws=StreamSocket,
@@ -73,11 +74,44 @@ def serve(settings: Settings, host: str, port: int) -> int:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's own, but for what sends."""
+    """uvicorn's own, but for what sends, and for clients that do not read: uvicorn waits for them for ever."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, send_idle_s: float = 30.0, **kwargs: Any) -> None:
+        """`send_idle_s`: a client that takes no byte of what there is for it for so long is cut off."""
         super().__init__(*args, **kwargs)
         self.conn = Connection(h11.SERVER)
+        self._send_idle_s, self._left_bytes = send_idle_s, 0
+        self._look: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """There is more for the client than it takes."""
+        super().pause_writing()
+        self._look_later()
+
+    def resume_writing(self) -> None:
+        """It has taken most of it."""
+        super().resume_writing()
+        self._look_no_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone, or was cut off."""
+        self._look_no_more()
+        super().connection_lost(exc)
+
+    def _look_later(self) -> None:
+        self._left_bytes = self.transport.get_write_buffer_size()
+        self._look = self.loop.call_later(self._send_idle_s, self._look_again)
+
+    def _look_no_more(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+
+    def _look_again(self) -> None:
+        if self.transport.get_write_buffer_size() < self._left_bytes:
+            self._look_later()
+        else:
+            log.info("a client that takes nothing is cut off")
+            self.transport.abort()
 
 
 class Connection(h11.Connection):

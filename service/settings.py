@@ -26,6 +26,8 @@ class Settings(BaseSettings):
     """A longer upload of a bundle, or one that holds more, is refused with 413."""
     body_idle_s: float = Field(default=30.0, gt=0)
     """A body of which nothing came for so long is refused with 408."""
+    send_idle_s: float = Field(default=30.0, gt=0)
+    """A client that takes no byte of an answer for so long is cut off."""
     kept_versions: int = Field(default=3, ge=0)
     """Replaced versions of an avatar that are kept on disk and can be gone back to."""
     keys_file: Path | None = None

@@ -39,7 +39,7 @@ REQUEST = {
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": dict.fromkeys(FORMATS, _BINARY), "description": "The reposed surface, in the accepted format"},
     304: {"description": "The answer you have, as If-None-Match names it, is the one you would get"},
-    **problems(400, 404, 406, 413, 415, 422, 503, 504),
+    **problems(400, 404, 406, 413, 415, 422, 503, 504, 507),
 }
 
 

@@ -175,16 +175,18 @@ async def test_the_same_request_again_is_not_parsed_again(serve: Any, parsed: li
 
 
 async def test_an_avatar_of_which_a_cached_answer_is_asked_for_is_in_use(
-    serve: Any, tmp_path: Path, bundle_parts: Any
+    busy: Any, tmp_path: Path, bundle_parts: Any
 ) -> None:
     for name in ("tiny", "other"):
         write_bundle(tmp_path / "both" / name, avatar_id=name, **bundle_parts)
-    body = packed(poses=poses(9))
-    async with serve(bundle_dir=tmp_path / "both") as client:
+    body = packed(poses=poses(3))
+    async with busy(bundle_dir=tmp_path / "both") as client:
         (await post(client, body)).raise_for_status()
         (await client.get("/avatars/other/mesh")).raise_for_status()
         loaded = client.app.state.store.loaded
         assert [avatar.id for avatar in loaded()] == ["other", "tiny"]
+        assert (await post(client, packed(poses=poses(9)))).status_code == 503
+        assert [avatar.id for avatar in loaded()] == ["other", "tiny"]  # those who are refused use nothing
         assert (await post(client, body)).headers["X-Cache"] == "hit"
         assert [avatar.id for avatar in loaded()] == ["tiny", "other"]
 

@@ -123,7 +123,8 @@ async def test_requests_that_are_refused_are_in_nobody_s_way(serve: Any) -> None
         async def app(scope: Any, receive: Any, send: Any) -> None:
             served.append(scope["type"])
 
-        await Traffic(app, lifecycle, 3)({"type": "websocket", "path": "/avatars/tiny/stream"}, None, None)  # type: ignore[arg-type]
+        traffic = Traffic(app, lifecycle, client.app.state.metrics, 3)
+        await traffic({"type": "websocket", "path": "/avatars/tiny/stream"}, None, None)  # type: ignore[arg-type]
         assert served == ["websocket"]
 
 
@@ -140,6 +141,8 @@ async def test_metrics_count_what_happens(serve: Any) -> None:
     assert after["reposer_queue_seconds_count"] > before["reposer_queue_seconds_count"]
     assert after["reposer_encode_seconds_count"] > before["reposer_encode_seconds_count"]
     assert (after["reposer_cache_total:hit"], after["reposer_cache_total:miss"]) == (1, 1)
+    assert after["reposer_http_seconds_count:200"] == 2
+    assert after["reposer_send_seconds_count"] >= 2
     assert after["reposer_avatars_loaded"] == 1
     assert after["reposer_avatar_bytes"] > 0
     assert after["reposer_loop_lag_seconds_count"] > 0
@@ -162,7 +165,6 @@ async def test_fault_33_large_json_is_refused_and_the_loop_never_parses(
         answer = await client.post(URL, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["code"]) == (413, "body-too-large")
         assert (await client.post(URL, json=POSES)).status_code == 200
-        assert (await samples(client))["reposer_loop_lag_seconds_count"] >= 0
     assert len(threads) == 1
     assert threads[0] is not threading.current_thread()
 

@@ -1,5 +1,6 @@
 """`POST /avatars/{id}/repose`: the same motion is the same surface, and every bad request its own problem."""
 
+import errno
 import io
 import json
 import threading
@@ -380,6 +381,36 @@ async def test_a_refusal_asks_neither_redis_nor_another_replica(serve: Any, monk
         assert (await post_npz(client, poses=still, accept=SKINNED)).status_code == 200
         monkeypatch.setattr(client.app.state.reposing.cache, "get", asked)
         assert (await post_npz(client, poses=still + 0.1)).status_code == 503
+
+
+class _FullDisk(io.BytesIO):
+    """A file on a disk that has room for the first frames only."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+async def test_fault_30_a_file_that_the_disk_has_no_room_for_is_507(
+    serve: Any, motion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve() as client:
+        with monkeypatch.context() as full:
+            full.setattr("service.formats.morph.tempfile.TemporaryFile", _FullDisk)
+            answer = await post_npz(client, accept=GLB, **motion)
+        assert (answer.status_code, answer.json()["code"]) == (507, "insufficient-storage")
+        assert (await post_npz(client, accept=GLB, **motion)).status_code == 200
+
+
+async def test_a_file_that_cannot_be_finished_is_refused_and_not_broken_off(
+    serve: Any, engine: Any, motion: Any
+) -> None:
+    async with serve(make_engine=lambda _: engine, batch_vertex_frames=1) as client:
+        engine.spoil = lambda v: v * np.float32(np.nan) if len(engine.batches) >= len(motion["poses"]) else v
+        engine.batches.clear()
+        answer = await post_npz(client, accept=GLB, **motion)
+        assert (answer.status_code, answer.json()["code"]) == (500, "model-output-invalid")
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [10, 0, 20], [400_000] * 17, [1, 3_000_000, 5], [600_000, 0]])

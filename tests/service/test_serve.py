@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h11
 import httpx
@@ -74,21 +75,22 @@ def wait_for(url: str, status: int) -> httpx.Response:
     raise AssertionError(f"{url} never answered {status}")
 
 
-def motion(frames: int) -> bytes:
+def motion(frames: int, save: Any = np.savez) -> bytes:
     file = io.BytesIO()
-    np.savez(file, poses=np.zeros((frames, 72), np.float32))
+    save(file, poses=np.zeros((frames, 72), np.float32))
     return file.getvalue()
 
 
 HEADERS = {"Content-Type": "application/x-npz", "Accept": "application/vnd.reposer.frames"}
 
 
-def stuck_client(url: str) -> socket.socket:
-    """Asks for 170 MB and reads none of them."""
+def stuck_client(url: str, frames: int = 10_000) -> socket.socket:
+    """Asks for frames, 45 MB of them unless told otherwise, and reads none."""
     host, port = url.removeprefix("http://").split(":")
     client = socket.create_connection((host, int(port)))
-    body = motion(10_000)
-    head = "".join(f"{name}: {value}\r\n" for name, value in (HEADERS | {"Content-Length": str(len(body))}).items())
+    body = motion(frames)
+    more = {"Content-Length": str(len(body)), "Connection": "close"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in (HEADERS | more).items())
     client.sendall(f"POST /avatars/tiny/repose HTTP/1.1\r\nHost: {host}\r\n{head}\r\n".encode() + body)
     client.recv(1, socket.MSG_PEEK)  # the answer has begun
     return client
@@ -133,11 +135,30 @@ def test_fault_31_a_stuck_client_cannot_keep_the_process(start: Start) -> None:
         assert server.wait(END_S) == 0
 
 
+def test_fault_21_a_client_that_takes_nothing_is_cut_off_and_a_slow_one_is_not(start: Start, tmp_path: Path) -> None:
+    _, url = start("--cpu", REPOSER_SEND_IDLE_S="1")
+    wait_for(f"{url}/readyz", 200)
+    with stuck_client(url, frames=2000) as slow, stuck_client(url):
+        received = b""
+        while piece := slow.recv(1 << 18):  # several seconds for what there is
+            received += piece
+            time.sleep(0.1)
+        assert [frame.frame for frame in decode_stream([received.partition(b"\r\n\r\n")[2]])] == list(range(2000))
+        until = time.monotonic() + END_S
+        while "reposer_requests_in_flight 0.0" not in HTTP.get(f"{url}/metrics").text:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert (tmp_path / "log").read_text().count("is cut off") == 1
+
+
 def test_clients_that_leave_a_cached_answer_leave_nothing_behind(start: Start) -> None:
     server, url = start("--cpu", REPOSER_DRAIN_GRACE_S="300")
     wait_for(f"{url}/readyz", 200)
-    body = motion(2000)  # 9 MB are more than all buffers hold
+    body = motion(2000, np.savez_compressed)  # short, so that the gate knows it; 9 MB are more than all buffers hold
     first = HTTP.post(f"{url}/avatars/tiny/repose", content=body, headers=HEADERS)
+    until = time.monotonic() + END_S
+    while HTTP.post(f"{url}/avatars/tiny/repose", content=body, headers=HEADERS).headers["X-Cache"] != "hit":
+        assert time.monotonic() < until  # it is kept behind its last byte
     for read in (0, 1 << 20):
         with HTTP.stream("POST", f"{url}/avatars/tiny/repose", content=body, headers=HEADERS) as answer:
             assert answer.headers["X-Cache"] == "hit"

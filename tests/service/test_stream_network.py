@@ -23,6 +23,7 @@ from service import demo
 from service.app import create_app
 from service.bundle.files import write_bundle
 from service.client import AsyncClient, Client, ConnectionLost, PoseRefused, Refused, StreamClosed
+from service.security import add_key
 from service.settings import Settings
 from service.streaming.session import Closing, Limits
 from service.streaming.socket import StreamSocket
@@ -316,3 +317,30 @@ def test_fault_31_a_server_that_ends_tells_its_streams_to_come_back(bundle_dir: 
             stream.recv(TIMEOUT_S)
         assert closed.value.rcvd is not None
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1012, "draining")
+
+
+async def test_a_stream_and_its_refusal_have_a_line_in_the_access_log(
+    bundle_dir: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    key = add_key(tmp_path / "keys", "studio", ("data",))
+    with caplog.at_level("INFO", "service.access"):
+        async with listening(bundle_dir=bundle_dir, keys_file=tmp_path / "keys") as (url, _):
+            async with AsyncClient(url, key=key) as client, client.stream("tiny", lod="preview") as stream:
+                await stream.send(POSES[0], np.zeros(3))
+                await stream.end()
+                while await stream.receive(TIMEOUT_S) is not None:
+                    pass
+            async with AsyncClient(url, retries=0) as stranger:
+                with pytest.raises(Refused):
+                    async with stranger.stream("tiny"):
+                        pass
+            async with asyncio.timeout(TIMEOUT_S):
+                while len(lines := [vars(record) for record in caplog.records if record.name == "service.access"]) < 2:
+                    await asyncio.sleep(0.01)
+    assert {line["method"] for line in lines} == {"WebSocket"}
+    assert {line["path"] for line in lines} == {"/avatars/tiny/stream"}
+    assert [(line["status"], line.get("key"), line["client"]) for line in lines] == [
+        (1000, "studio", "127.0.0.1"),
+        (401, None, "127.0.0.1"),
+    ]
+    assert (lines[1]["problem"], "problem" in lines[0]) == ("unauthorized", False)
