@@ -596,6 +596,16 @@ async def test_fault_31_draining(serve: Any) -> None:
         assert nothing_left(client.app)
 
 
+async def test_fault_15_an_avatar_that_is_damaged(serve: Any, bundle_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "avatars"
+    shutil.copytree(bundle_dir, folder)
+    (folder / "tiny" / "mesh.preview.glb").write_bytes(b"glTF")
+    async with serve(bundle_dir=folder) as client:
+        status, problem, headers = await knock(client).denial()
+        assert (status, problem["code"]) == (503, "avatar-unavailable")
+        assert 1 <= int(headers["retry-after"]) <= 30
+
+
 async def test_fault_15_an_avatar_that_is_replaced_or_removed(
     serve: Any, bundle_dir: Path, tmp_path: Path, bundle_parts: Any
 ) -> None:
