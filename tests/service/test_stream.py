@@ -26,6 +26,7 @@ from service.streaming.wire import bearer_subprotocol, encode_pose
 
 pytestmark = pytest.mark.anyio
 REST = np.zeros(72, np.float32)
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 Q16 = ("reposer.v1.q16",)
 TIMEOUT_S = 60.0
 
@@ -164,6 +165,13 @@ async def test_hello_says_what_was_agreed_on(serve: Any) -> None:
         assert (hello["input"], hello["up_axis"]) == (applied, "y")
         assert hello["mesh"]["etag"] == mesh.headers["etag"]
         assert hello["vertices"] == 184
+        documented = json.loads(DOCUMENT.split("```json\n")[1].split("```")[0])
+        assert shape_of(hello) == shape_of(documented)
+
+
+def shape_of(message: Any) -> Any:
+    """The names of its members, in order, without their values."""
+    return [(name, shape_of(value)) for name, value in message.items()] if isinstance(message, dict) else None
 
 
 @pytest.mark.parametrize("codec", ["f32", "q16", "q16d"])
