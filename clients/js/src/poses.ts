@@ -35,8 +35,8 @@ export function encodePose(
 
 /**
  * The pose message of a stream: binary where that can carry the pose, else JSON.
- * @param pose one row: 3 numbers a joint in axis-angle, 4 in quaternions w x y z, 6 in 6d, 9 in matrices row by row; the
- *   joints are 24, or as many as 21, 22, 23, 52 or 55.
+ * @param pose one row: 3 numbers a joint in axis-angle, 4 in quaternions w x y z, 6 in 6d, 9 in matrices row by row;
+ *   of 21, 22, 23, 24, 52 or 55 joints.
  */
 export function poseMessage(
   seq: number,
