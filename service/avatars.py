@@ -23,6 +23,7 @@ from service.bundle.glb import Mesh
 from service.bundle.manifest import CHECKPOINT_FILE, REPOSE_FILE, Manifest, is_avatar_id
 from service.engine import Engine
 from service.errors import (
+    AVATAR_RETRY_S,
     AvatarNotFound,
     AvatarServiceError,
     AvatarUnavailable,
@@ -34,8 +35,6 @@ from service.errors import (
 log = logging.getLogger(__name__)
 EngineFactory = Callable[[bytes], Engine]
 """From the bytes of `repose.onnx` to an engine; raises `AvatarUnavailable`."""
-RETRY_S = 30.0
-"""A damaged avatar is looked at again at most this often."""
 
 
 @dataclass(eq=False)
@@ -154,8 +153,8 @@ class AvatarStore:
         if avatar := self._loaded.get(avatar_id):
             self.touch(avatar)
             return avatar
-        if time.monotonic() < self._damaged.get(avatar_id, -1e9):
-            raise AvatarUnavailable(f"the bundle of {avatar_id} could not be loaded")
+        if (left_s := self._damaged.get(avatar_id, -1e9) - time.monotonic()) > 0:
+            raise AvatarUnavailable(f"the bundle of {avatar_id} could not be loaded", left_s)
         if avatar_id not in self._loading:
             task = self._loading[avatar_id] = asyncio.create_task(self._load(avatar_id))
             # All who asked may have gone when it fails; it is logged in any case.
@@ -170,7 +169,7 @@ class AvatarStore:
                 self._make_room(_bytes_in_memory(await to_thread.run_sync(_manifest, folder)))
                 return self.install(await self.prepare(folder))
         except AvatarUnavailable as error:
-            self._damaged[avatar_id] = time.monotonic() + RETRY_S
+            self._damaged[avatar_id] = time.monotonic() + AVATAR_RETRY_S
             log.error("avatar %s cannot be served: %s", avatar_id, error, exc_info=error.__cause__)
             raise
         finally:
@@ -259,7 +258,7 @@ class AvatarStore:
         avatar.spoilt = True
         if self._loaded.get(avatar.id) is avatar:
             self.forget(avatar.id)
-            self._damaged[avatar.id] = time.monotonic() + RETRY_S
+            self._damaged[avatar.id] = time.monotonic() + AVATAR_RETRY_S
 
     async def preload(self) -> None:
         """Load what fits into memory, so that the first request need not wait."""

@@ -18,6 +18,8 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 
 log = logging.getLogger(__name__)
 PROBLEM_TYPE = "application/problem+json"
+AVATAR_RETRY_S = 30.0
+"""An avatar that cannot be served is looked at again at most this often."""
 
 
 class AvatarServiceError(Exception):
@@ -48,6 +50,9 @@ class AvatarUnavailable(AvatarServiceError):
     """The avatar is there, but its bundle is damaged or its graph cannot be run."""
 
     status, code, title = 503, "avatar-unavailable", "The avatar cannot be served"
+
+    def __init__(self, detail: str = "", retry_after_s: float = AVATAR_RETRY_S) -> None:
+        super().__init__(detail, {"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
 class NotReady(AvatarServiceError):

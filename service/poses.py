@@ -219,8 +219,7 @@ def _sequence(
     up_axis = _settle("up_axis", options.up_axis, said.get("up_axis"), "y", UP_AXES)
     units = _settle("units", options.units, said.get("units"), "m", UNITS)
     frame = _settle("frame", options.frame, said.get("frame"), "world", FRAMES)
-    if frame == "camera" and up_axis != "y":
-        raise OptionInvalid("frame=camera has y down; it does not go with up_axis=z")
+    check_axes(frame, up_axis)
     named = _settle("rotation", options.rotation, said.get("rotation"), None, ROTATIONS)
     posted_fps = _settle_fps(options.fps, said.get("fps"))
     if options.target_fps and options.every != 1:
@@ -270,6 +269,16 @@ def _sequence(
         frame=frame,
         posted_fps=posted_fps if posted_fps != fps else None,
     )
+
+
+def check_axes(frame: str, up_axis: str) -> None:
+    """Refuse a frame and an up axis that contradict each other.
+
+    Raises:
+        OptionInvalid: they do.
+    """
+    if frame == "camera" and up_axis != "y":
+        raise OptionInvalid("frame=camera has y down; it does not go with up_axis=z")
 
 
 def _settle(name: str, query: Any, body: Any, default: Any, allowed: tuple[str, ...]) -> Any:

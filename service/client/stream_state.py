@@ -91,7 +91,8 @@ class StreamState:
         self._seq += 1
         numbers = np.asarray(pose, np.float32)
         moved = np.zeros(3, np.float32) if translation is None else np.asarray(translation, np.float32)
-        if numbers.size == 72 and moved.size == 3:
+        # 72 numbers of another shape are another rotation, such as (12, 6): not ours to take for axis-angle.
+        if numbers.size == 72 and numbers.shape[-2:] in ((72,), (1, 72), (24, 3)) and moved.size == 3:
             data: str | bytes = encode_pose(self._seq, numbers, moved, client_us)
         else:
             data = _text(type="pose", seq=self._seq, t=client_us, pose=numbers.tolist(), trans=moved.tolist())

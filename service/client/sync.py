@@ -163,7 +163,7 @@ class Client:
 
         Args:
             mode: `live`, the newest pose wins; or `complete`, every pose gets its frame.
-            options: lod, max_fps, window, up_axis, units.
+            options: lod, max_fps, window, up_axis, units, frame, rotation, normalize.
         """
         return Stream(self._url, self._key, avatar, {"mode": mode, **options}, codec, self._retries, self._sleep)
 

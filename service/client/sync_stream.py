@@ -68,6 +68,7 @@ class Stream:
     def send(self, pose: ArrayLike, translation: ArrayLike | None = None) -> int:
         """Send one pose, (72,) or any shape the service takes; returns its `seq`.
 
+        Matrices, quaternions and 6d come joint by joint, such as (24, 4); as one row where the stream named `rotation`.
         In complete mode this may first have to wait for frames, which the next calls of `receive` hand over.
         """
         while not self._state.has_credit:

@@ -19,7 +19,7 @@ from service.errors import AvatarServiceError, Draining, OptionInvalid, Overload
 from service.frames import FrameEncoder
 from service.limits import refuse
 from service.metrics import Metrics
-from service.poses import Options, parse_one
+from service.poses import Options, check_axes, parse_one
 from service.security import ANONYMOUS, Guard, Principal
 from service.settings import Settings
 from service.streaming.connection import Connection
@@ -47,6 +47,10 @@ class StreamQuery(BaseModel):
     window: Annotated[int, Field(ge=1, le=Limits.max_window)] = DEFAULT_WINDOW
     up_axis: Literal["y", "z"] = "y"
     units: Literal["m", "cm"] = "m"
+    frame: Literal["world", "camera"] = "world"
+    rotation: Literal["axis_angle", "matrix", "quat_wxyz", "6d"] | None = None
+    """None leaves it to the shape of each pose."""
+    normalize: bool = False
     last_seq: Annotated[int, Field(ge=0, le=MAX_SEQ)] | None = None
     bundle: str | None = Field(default=None, max_length=128)
 
@@ -55,6 +59,10 @@ class StreamQuery(BaseModel):
         if (self.last_seq is None) != (self.bundle is None):
             raise ValueError("last_seq and bundle belong together")
         return self
+
+    def options(self) -> Options:
+        """How the poses of this stream are meant."""
+        return Options(self.up_axis, self.units, self.rotation, frame=self.frame, normalize=self.normalize)
 
 
 class Streams:
@@ -127,7 +135,7 @@ class Streams:
         resumed = query.last_seq is not None and query.bundle == avatar.bundle.digest
         session = Session(
             query.mode,
-            partial(_placed, Options(query.up_axis, query.units), avatar),
+            partial(_placed, query.options(), avatar),
             time.monotonic(),
             limits=self._limits,
             max_fps=min(query.max_fps or self._limits.max_fps, self._limits.max_fps),
@@ -178,10 +186,12 @@ def _placed(options: Options, avatar: Avatar, pose: Any, translation: Any) -> Pl
 
 def _query(websocket: WebSocket) -> StreamQuery:
     try:
-        return StreamQuery.model_validate(dict(websocket.query_params))
+        query = StreamQuery.model_validate(dict(websocket.query_params))
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'query'}: {e['msg']}" for e in error.errors())
         raise OptionInvalid("; ".join(problems)) from None
+    check_axes(query.frame, query.up_axis)
+    return query
 
 
 def _caller(websocket: WebSocket) -> str:
@@ -207,7 +217,7 @@ def _hello(session: Session, avatar: Avatar, query: StreamQuery, codec: str, res
         "mode": session.mode,
         "up_axis": "y",
         "units": "m",
-        "input": {"up_axis": query.up_axis, "units": query.units},
+        "input": query.model_dump(include={"up_axis", "units", "frame", "rotation", "normalize"}),
         "mesh": {
             "url": f"/avatars/{avatar.id}/mesh?lod={query.lod}",
             "etag": f'"{files[mesh_file(query.lod)].sha256[:32]}"',

@@ -6,6 +6,7 @@ import resource
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,29 @@ async def test_fault_15_a_damaged_bundle_is_503_is_not_read_again_and_again_and_
     async with store.lease("flipped") as avatar:
         assert avatar.id == "flipped"
     assert world.built == 4
+
+
+async def test_a_damaged_bundle_is_looked_at_again_when_retry_after_says(
+    many: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, now_s = AvatarStore(many, world.make_engine), 1e4
+    monkeypatch.setattr("service.avatars.time", SimpleNamespace(monotonic=lambda: now_s))
+
+    async def refused_for_s() -> int:
+        with pytest.raises(AvatarUnavailable) as refused:
+            async with store.lease("flipped"):
+                pass
+        return int(refused.value.headers["Retry-After"])
+
+    wait_s = await refused_for_s()
+    now_s += 0.5 * wait_s
+    left_s = await refused_for_s()
+    assert 0.5 * wait_s <= left_s <= 0.5 * wait_s + 1
+    (many / "flipped/repose.onnx").write_bytes((many / "a/repose.onnx").read_bytes())
+    assert await refused_for_s() == left_s  # healed, but not looked at
+    now_s += left_s
+    async with store.lease("flipped") as avatar:
+        assert avatar.id == "flipped"
 
 
 async def test_an_avatar_is_loaded_once_for_all_who_ask(many: Path, world: World) -> None:

@@ -94,6 +94,7 @@ async def test_a_damaged_avatar_is_503_and_the_others_serve(serve: Any, mixed_di
             ):
                 problem = answer.json()
                 assert (answer.status_code, problem["code"]) == (503, "avatar-unavailable")
+                assert 1 <= int(answer.headers["retry-after"]) <= 30
                 assert str(mixed_dir) not in answer.text
         assert (await client.post("/avatars/tiny/repose", json=POSES)).status_code == 200
         assert (await client.get("/readyz")).status_code == 200

@@ -271,6 +271,21 @@ def test_addresses_say_where_to_go_on() -> None:
     assert live.address() == "wss://it/prefix/avatars/open/stream?mode=live&last_seq=7&bundle=b"
 
 
+def test_addresses_say_how_the_poses_are_meant() -> None:
+    options = {"frame": "camera", "rotation": "quat_wxyz", "normalize": True, "units": None}
+    assert StreamState("http://it", "open", options, "q16").address() == (
+        "ws://it/avatars/open/stream?frame=camera&rotation=quat_wxyz&normalize=True"
+    )
+
+
+@pytest.mark.parametrize("shape", [(72,), (24, 3), (12, 6), (18, 4), (8, 3, 3), (24, 4), (96,), (22, 3)])
+def test_only_axis_angle_of_24_joints_goes_as_a_binary_pose(shape: tuple[int, ...]) -> None:
+    _, data = state("live").pose(np.zeros(shape), None, 0)
+    assert isinstance(data, bytes) == (shape in ((72,), (24, 3)))
+    if isinstance(data, str):
+        assert np.shape(json.loads(data)["pose"]) == shape
+
+
 def test_live_acknowledges_what_was_used_once_and_only_to_the_connection_it_came_from() -> None:
     live = state("live")
     assert live.used() == live.received(frame(0)) == live.received(frame(1)) == live.received(frame(2)) == []

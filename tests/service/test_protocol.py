@@ -1,6 +1,7 @@
 """docs/protocol.md byte for byte: the golden files, read here by offsets alone, and by the code."""
 
 import json
+import re
 import runpy
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from service.frames import FrameDecoder
 from service.security import Guard, add_key
+from service.streaming.streams import StreamQuery
 from service.streaming.wire import (
     POSE_BYTES,
     WireError,
@@ -20,6 +22,7 @@ from service.streaming.wire import (
     encode_pose,
 )
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 GOLDEN = Path(__file__).parents[1] / "golden" / "protocol"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 FRAME_FILES = [name for name in EXPECTED if name != "pose.bin"]
@@ -88,6 +91,11 @@ def test_what_is_no_pose() -> None:
             decode_pose(bad)
     with pytest.raises(WireError):
         encode_pose(1, np.zeros(71))
+
+
+def test_every_parameter_of_the_query_is_in_the_document() -> None:
+    table = DOCUMENT.split("**Query.**")[1].split("**Denial.**")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(StreamQuery.model_fields)
 
 
 def test_the_subprotocol_carries_any_key(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.bundle.files import write_bundle
+from service.bundle.skeleton import axis_angle_to_matrix
 from service.errors import EngineFailed, Overloaded
 from service.frames import FrameDecoder
 from service.security import add_key, remove_key
@@ -25,6 +26,7 @@ from service.streaming.wire import bearer_subprotocol, encode_pose
 
 pytestmark = pytest.mark.anyio
 REST = np.zeros(72, np.float32)
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 Q16 = ("reposer.v1.q16",)
 TIMEOUT_S = 60.0
 
@@ -159,21 +161,23 @@ async def test_hello_says_what_was_agreed_on(serve: Any) -> None:
         mesh = await client.get(hello["mesh"]["url"])
         assert (hello["type"], hello["protocol"], hello["avatar"], hello["codec"]) == ("hello", 1, "tiny", "q16")
         assert (hello["mode"], hello["window"], hello["resumed"]) == ("complete", 3, False)
-        assert (hello["input"], hello["up_axis"]) == ({"up_axis": "z", "units": "m"}, "y")
+        applied = {"up_axis": "z", "units": "m", "frame": "world", "rotation": None, "normalize": False}
+        assert (hello["input"], hello["up_axis"]) == (applied, "y")
         assert hello["mesh"]["etag"] == mesh.headers["etag"]
         assert hello["vertices"] == 184
+        documented = json.loads(DOCUMENT.split("```json\n")[1].split("```")[0])
+        assert shape_of(hello) == shape_of(documented)
+
+
+def shape_of(message: Any) -> Any:
+    """The names of its members, in order, without their values."""
+    return [(name, shape_of(value)) for name, value in message.items()] if isinstance(message, dict) else None
 
 
 @pytest.mark.parametrize("codec", ["f32", "q16", "q16d"])
 async def test_frames_are_those_of_rest(serve: Any, motion: Any, codec: str) -> None:
     async with serve() as client:
-        answer = await client.post(
-            "/avatars/tiny/repose?up_axis=z&units=cm",
-            json={"poses": motion["poses"].tolist(), "translations": motion["trans"].tolist()},
-            headers={"Accept": "application/x-npz"},
-        )
-        with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
-            expected = arrays["vertices"]
+        expected = await rest_vertices(client, motion["poses"], motion["trans"], up_axis="z", units="cm")
         how: dict[str, Any] = {"subprotocols": (f"reposer.v1.{codec}",), "up_axis": "z", "units": "cm"}
         async with opened(client, mode="complete", window=8, **how) as (stream, _):
             for n, (pose, moved) in enumerate(zip(motion["poses"], motion["trans"], strict=True)):
@@ -190,6 +194,101 @@ async def test_frames_are_those_of_rest(serve: Any, motion: Any, codec: str) -> 
                 )
                 assert 0 < frame.server_us < 1e6 * TIMEOUT_S
                 np.testing.assert_allclose(frame.vertices, vertices, rtol=0, atol=1e-6 if codec == "f32" else 4e-5)
+
+
+async def rest_vertices(client: Any, poses: Any, translations: Any, **query: str) -> Any:
+    """(F, V, 3): what REST makes of the same poses."""
+    answer = await client.post(
+        "/avatars/tiny/repose",
+        params=query,
+        json={"poses": poses.tolist(), "translations": translations.tolist()},
+        headers={"Accept": "application/x-npz"},
+    )
+    assert answer.status_code == 200, answer.text
+    with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
+        return arrays["vertices"]
+
+
+async def stream_vertices(client: Any, poses: Any, translations: Any, *, binary: bool = False, **query: str) -> Any:
+    """(F, V, 3): the frames of a stream, exact."""
+    async with opened(client, subprotocols=("reposer.v1.f32",), mode="complete", window=8, **query) as (stream, hello):
+        assert query.items() <= hello["input"].items()
+        for seq, (pose, moved) in enumerate(zip(poses, translations, strict=True)):
+            if binary:
+                stream.pose(seq, pose, moved)
+            else:
+                stream.say(type="pose", seq=seq, pose=pose.tolist(), trans=moved.tolist())
+        decoder = FrameDecoder()
+        return np.array([(await stream.frame(decoder)).vertices for _ in poses])
+
+
+@pytest.mark.parametrize("binary", [False, True])
+async def test_a_stream_of_a_camera_places_what_rest_places(serve: Any, motion: Any, binary: bool) -> None:
+    poses, moved = motion["poses"], motion["trans"]
+    async with serve() as client:
+        seen = await stream_vertices(client, poses, moved, binary=binary, frame="camera")
+        there = await rest_vertices(client, poses, moved, frame="camera")
+        world = await rest_vertices(client, poses, moved)
+    np.testing.assert_allclose(seen, there, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(seen, world * [1, -1, -1], rtol=0, atol=2e-6)  # half a turn about x
+
+
+@pytest.mark.parametrize("rotation", ["matrix", "quat_wxyz", "6d"])
+async def test_a_pose_may_come_as_any_rotation(serve: Any, motion: Any, rotation: str) -> None:
+    poses, moved = motion["poses"], motion["trans"]
+    given = as_rotation(poses.reshape(-1, 24, 3), rotation)
+    async with serve() as client:
+        expected = await stream_vertices(client, poses, moved, binary=True)
+        by_shape = await stream_vertices(client, given, moved)
+        named = await stream_vertices(client, given, moved, rotation=rotation)
+        rows = await stream_vertices(client, given.reshape(len(given), -1), moved, rotation=rotation)
+    for vertices in (by_shape, named, rows):
+        np.testing.assert_allclose(vertices, expected, rtol=0, atol=2e-6)
+
+
+def as_rotation(axis_angle: Any, rotation: str) -> Any:
+    """(F, 24, 3) as matrices, as quaternions w x y z, or as the first two columns of the matrices."""
+    if rotation == "quat_wxyz":
+        angle = np.linalg.norm(axis_angle, axis=-1, keepdims=True)
+        return np.concatenate([np.cos(angle / 2), np.sin(angle / 2) * axis_angle / angle], axis=-1)
+    matrices = axis_angle_to_matrix(axis_angle)
+    return matrices if rotation == "matrix" else np.concatenate([matrices[..., 0], matrices[..., 1]], axis=-1)
+
+
+async def test_a_stream_keeps_to_the_rotation_it_named(serve: Any) -> None:
+    async with serve() as client, opened(client, rotation="quat_wxyz") as (stream, _):
+        stream.pose(0)  # binary, so axis-angle
+        assert (await stream.text())["code"] == "pose-shape-invalid"
+        stream.say(type="pose", seq=1, pose=REST.reshape(24, 3).tolist())
+        assert (await stream.text())["code"] == "pose-shape-invalid"
+        stream.say(type="pose", seq=2, pose=[[1, 0, 0, 0]] * 24)
+        assert (await stream.frame(FrameDecoder())).seq == 2
+
+
+@pytest.mark.parametrize(
+    ("pose", "code"),
+    [
+        (2 * np.tile(np.eye(3), (24, 1, 1)), "pose-not-rotation"),
+        (np.full((24, 4), 0.7), "pose-not-rotation"),
+        (np.tile([2.0, 0, 0, 0, 2.0, 0], (24, 1)), "pose-not-rotation"),
+        (np.full(72, 12.0), "pose-out-of-range"),
+    ],
+)
+async def test_fault_03_numbers_that_are_no_rotations(serve: Any, pose: Any, code: str) -> None:
+    still = np.zeros((1, 3))
+    async with serve() as client:
+        async with opened(client) as (stream, _):
+            stream.say(type="pose", seq=0, pose=pose.tolist())
+            error = await stream.text()
+            assert (error["code"], error["status"], error["seq"]) == (code, 422, 0)
+        expected = await rest_vertices(client, pose[None], still, normalize="true")
+        async with opened(client, subprotocols=("reposer.v1.f32",), normalize="true") as (stream, hello):
+            assert hello["input"]["normalize"] is True
+            stream.say(type="pose", seq=0, pose=pose.tolist())
+            vertices = (await stream.frame(FrameDecoder())).vertices
+            np.testing.assert_allclose(vertices, expected[0], rtol=0, atol=1e-6)
+            stream.say(type="pose", seq=1, pose=np.zeros((24, 4)).tolist())  # nothing to go by
+            assert (await stream.text())["code"] == "pose-not-rotation"
 
 
 async def test_live_the_newest_pose_wins(serve: Any, engine: Any) -> None:
@@ -292,13 +391,25 @@ async def test_the_first_subprotocol_that_is_ours_is_taken(serve: Any) -> None:
 @pytest.mark.parametrize(
     "query",
     [{"mode": "fast"}, {"max_fps": "0"}, {"max_fps": "nan"}, {"window": "9"}, {"up_axis": "x"}, {"key": "secret"},
-     {"last_seq": "5"}, {"last_seq": "-1", "bundle": "x"}],
+     {"last_seq": "5"}, {"last_seq": "-1", "bundle": "x"}, {"frame": "room"}, {"rotation": "euler"},
+     {"normalize": "perhaps"}, {"fps": "30"}],
 )  # fmt: skip
 async def test_a_query_that_will_not_do(serve: Any, query: dict[str, str]) -> None:
     async with serve() as client:
         status, problem, _ = await knock(client, **query).denial()
         assert (status, problem["code"]) == (422, "option-invalid")
         assert "secret" not in json.dumps(problem)
+
+
+async def test_options_that_contradict_each_other_are_refused_as_in_rest(serve: Any) -> None:
+    query = {"frame": "camera", "up_axis": "z"}
+    async with serve() as client:
+        status, problem, _ = await knock(client, **query).denial()
+        answer = await client.post("/avatars/tiny/repose", params=query, json={"poses": [[0] * 72]})
+        assert status == answer.status_code == 422
+        said = ("type", "title", "status", "code", "detail")
+        assert [problem[name] for name in said] == [answer.json()[name] for name in said]
+        assert nothing_left(client.app)
 
 
 async def test_fault_35_a_key_missing_or_wrong_and_one_taken_away(serve: Any, tmp_path: Path) -> None:
@@ -491,6 +602,16 @@ async def test_fault_31_draining(serve: Any) -> None:
         assert (status, problem["code"]) == (503, "draining")
         assert "retry-after" in headers
         assert nothing_left(client.app)
+
+
+async def test_fault_15_an_avatar_that_is_damaged(serve: Any, bundle_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "avatars"
+    shutil.copytree(bundle_dir, folder)
+    (folder / "tiny" / "mesh.preview.glb").write_bytes(b"glTF")
+    async with serve(bundle_dir=folder) as client:
+        status, problem, headers = await knock(client).denial()
+        assert (status, problem["code"]) == (503, "avatar-unavailable")
+        assert 1 <= int(headers["retry-after"]) <= 30
 
 
 async def test_fault_15_an_avatar_that_is_replaced_or_removed(

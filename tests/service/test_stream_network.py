@@ -128,6 +128,23 @@ async def test_live_frames_come_while_poses_still_do(bundle_dir: Path) -> None:
         assert seen == sorted(set(seen))
 
 
+async def test_the_clients_say_how_their_poses_are_meant(bundle_dir: Path) -> None:
+    quaternions = np.random.default_rng(2).normal(0, 1, (3, 24, 4)).astype(np.float32)  # of any length
+    meant: dict[str, Any] = {"frame": "camera", "rotation": "quat_wxyz", "normalize": True, "lod": "preview"}
+    async with listening(bundle_dir=bundle_dir) as (url, _), AsyncClient(url) as client:
+        expected = [frame.vertices async for frame in client.repose("tiny", quaternions, codec="f32", **meant)]
+        async with client.stream("tiny", "complete", codec="f32", **meant) as stream:
+            seen = [frame.vertices async for frame in stream.repose(quaternions)]
+
+        def in_a_thread() -> list[Any]:
+            with Client(url) as other, other.stream("tiny", "complete", codec="f32", **meant) as rows:
+                return [frame.vertices for frame in rows.repose(quaternions.reshape(3, 96))]
+
+        seen_there = await asyncio.to_thread(in_a_thread)
+    for vertices in (seen, seen_there):
+        np.testing.assert_allclose(vertices, expected, rtol=0, atol=1e-6)
+
+
 async def test_the_client_gives_up_where_trying_again_is_of_no_use(bundle_dir: Path) -> None:
     async with listening(bundle_dir=bundle_dir) as (url, app), AsyncClient(url, retries=1) as client:
         with pytest.raises(Refused, match="404 avatar-not-found"):

@@ -3,7 +3,7 @@
  * `docs/protocol.md` is what both ends keep to.
  */
 import { FrameDecoder, type Codec, type Frame } from "./frames.js";
-import { encodePose } from "./poses.js";
+import { poseMessage, type Rotation } from "./poses.js";
 import { Problem } from "./problem.js";
 
 export interface StreamOptions {
@@ -18,6 +18,12 @@ export interface StreamOptions {
   maxFps?: number;
   upAxis?: "y" | "z";
   units?: "m" | "cm";
+  /** `camera`: y down and z away, as estimators have it.  Not together with `upAxis: "z"`. */
+  frame?: "world" | "camera";
+  /** What each row of `send` holds; default axis-angle. */
+  rotation?: Rotation;
+  /** Take the nearest rotation where the numbers of a pose are none, instead of refusing it. */
+  normalize?: boolean;
   key?: string;
   /** Default: the global one; node before 22 needs that of the package `ws`. */
   WebSocket?: new (url: string, protocols: string[]) => WebSocket;
@@ -61,7 +67,7 @@ export interface StreamHandlers {
 
 interface Pose {
   seq: number;
-  message: ArrayBuffer;
+  message: ArrayBuffer | string;
 }
 
 const FIRST_DELAY_S = 0.25;
@@ -110,14 +116,16 @@ export class AvatarStream {
 
   /**
    * Ask for the frame of a pose.  Without a connection, it is sent when there is one.
-   * @param pose 72 numbers, axis-angle of the 24 SMPL joints, radians.
-   * @param translation of the root, metres.
+   * @param pose 72 numbers, axis-angle of the 24 SMPL joints, radians; or any row of `poseMessage`, in the `rotation`
+   *   of the stream.
+   * @param translation of the root, in the units of the stream.
    * @returns the `seq` of its frame.
    */
   send(pose: ArrayLike<number>, translation: ArrayLike<number> = [0, 0, 0]): number {
     if (this.#ending || this.#state === "closed") throw new Error("the stream has ended");
     const seq = this.#seq++;
-    const message = encodePose(seq, pose, translation, BigInt(Math.round(performance.now() * 1000)));
+    const clientUs = BigInt(Math.round(performance.now() * 1000));
+    const message = poseMessage(seq, pose, translation, clientUs, this.#options.rotation);
     if (this.#options.mode !== "complete") {
       this.#pending = [];
       this.#given = 0;
@@ -150,8 +158,9 @@ export class AvatarStream {
     const { avatar, codecs = ["q16", "f32"], key } = this.#options;
     const url = new URL(`avatars/${encodeURIComponent(avatar)}/stream`, this.#base);
     url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
-    const { lod, mode, window, maxFps, upAxis, units } = this.#options;
-    const query: Record<string, unknown> = { lod, mode, window, max_fps: maxFps, up_axis: upAxis, units };
+    const { lod, mode, window, maxFps, upAxis, units, frame, rotation, normalize } = this.#options;
+    const meant = { up_axis: upAxis, units, frame, rotation, normalize };
+    const query: Record<string, unknown> = { lod, mode, window, max_fps: maxFps, ...meant };
     if (this.#hello && this.#lastFrame !== undefined) {
       Object.assign(query, { last_seq: this.#lastFrame, bundle: this.#hello.bundle });
     }

@@ -35,7 +35,12 @@ async function serve(onPose: (connection: Connection, seq: number) => void, hell
       const connection: Connection = { peer, query, protocols: request.headers["sec-websocket-protocol"] ?? "", messages: [], poses: [] };
       connections.push(connection);
       peer.on("message", (data, binary) => {
-        if (!binary) return connection.messages.push(JSON.parse(String(data)));
+        if (!binary) {
+          const message = JSON.parse(String(data));
+          connection.messages.push(message);
+          if (message.type === "pose") onPose(connection, message.seq);
+          return;
+        }
         assert.equal((data as Buffer).length, POSE_BYTES);
         const seq = (data as Buffer).readUInt32LE(4);
         connection.poses.push(seq);
@@ -102,6 +107,23 @@ test("subprotocols, key and options are said as the protocol wants them", async 
   await until(() => stream.state === "open");
   assert.equal(connections[0].protocols.replaceAll(" ", ""), "reposer.v1.q16d,reposer.v1.f32,bearer.c8OpY3JldD8");
   assert.deepEqual(Object.fromEntries(connections[0].query), { lod: "preview", mode: "complete", max_fps: "30" });
+});
+
+test("how the poses are meant is said, and a row that no binary pose can carry goes as JSON", async () => {
+  const base = await serve(({ peer }, seq) => peer.send(frame(seq)));
+  const options = { rotation: "quat_wxyz", frame: "camera", normalize: true, upAxis: "y", units: "cm" } as const;
+  const stream = open(base, options, { onFrame: ({ seq }) => void seen.push(seq) });
+  await until(() => stream.state === "open");
+  const query = { rotation: "quat_wxyz", frame: "camera", normalize: "true", up_axis: "y", units: "cm" };
+  assert.deepEqual(Object.fromEntries(connections[0].query), query);
+  const turned = Float32Array.from({ length: 96 }, (_, n) => Number(n % 4 === 0));
+  assert.equal(stream.send(turned, [0.5, 0, 0]), 0);
+  await until(() => seen.length === 1);
+  const { t, ...sent } = connections[0].messages.find(({ type }) => type === "pose");
+  assert.ok(Number.isSafeInteger(t) && t > 0);
+  assert.deepEqual(sent, { type: "pose", seq: 0, pose: Array.from(turned), trans: [0.5, 0, 0] });
+  assert.deepEqual(connections[0].poses, []);
+  assert.throws(() => stream.send(pose), RangeError); // 72 numbers are no quaternions
 });
 
 test("live: after a broken connection only the newest pose is sent again, and the new one resumes", async () => {
