@@ -48,7 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     repose.add_argument("--up-axis", choices=("y", "z"), help="up axis of the poses; AMASS has z")
     repose.add_argument("--units", choices=("m", "cm"), help="units of the translations")
     repose.add_argument("--fps", type=float, help="frames a second of the poses")
+    repose.add_argument("--rotation", choices=("axis_angle", "matrix", "quat_wxyz", "6d"), help="what the poses hold")
+    repose.add_argument("--frame", choices=("world", "camera"), help="camera: y down and z away, as in OpenCV")
     repose.add_argument("--every", type=int, help="use each n-th frame only")
+    repose.add_argument("--target-fps", type=float, help="resample to this rate")
+    repose.add_argument(
+        "--normalize", action="store_true", default=None, help="take the nearest rotation of what is none"
+    )
+    repose.add_argument("--timeout", type=float, dest="timeout_s", help="seconds that the service may take")
     repose.set_defaults(run=_repose)
 
     if find_spec("pydantic"):
@@ -86,9 +93,22 @@ def _serve(parsed: argparse.Namespace) -> int:
         return _fail(str(error))
 
 
+_OPTIONS = (
+    "lod",
+    "up_axis",
+    "units",
+    "fps",
+    "rotation",
+    "frame",
+    "every",
+    "target_fps",
+    "normalize",
+    "timeout_s",
+)
+
+
 def _repose(parsed: argparse.Namespace) -> int:
-    names = ("lod", "up_axis", "units", "fps", "every")
-    options = {name: getattr(parsed, name) for name in names}
+    options = {name: getattr(parsed, name) for name in _OPTIONS}
     try:
         with Client(parsed.url, parsed.key) as client, _Progress(parsed.output.name) as progress:
             applied = client.export(parsed.avatar, parsed.poses, parsed.output, progress=progress.show, **options)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
 MEDIA_TYPE = "application/vnd.reposer.frames"
@@ -315,8 +316,6 @@ def _quantise(offsets: NDArray[np.float32], half_extent: float) -> NDArray[np.ui
 
 def _pack(residual: NDArray[np.uint16]) -> bytes:
     """(V, 3) modulo 65536 -> the payload of a q16d frame."""
-    import zstandard  # here, because clients that take q16 have no need of it
-
     columns = residual.T  # (3, V)
     step = np.empty(columns.shape, np.uint16)
     step[:, 0] = columns[:, 0]
@@ -334,8 +333,6 @@ def _unpack(packed: bytes, count: int) -> NDArray[np.uint16]:
     Raises:
         FrameError: not exactly the planes of `count` vertices.
     """
-    import zstandard
-
     try:
         if zstandard.get_frame_parameters(packed).content_size != 6 * count:
             raise FrameError(f"the compressed planes are not those of {count} vertices")

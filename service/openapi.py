@@ -14,6 +14,8 @@ _EVERYWHERE = (400, 404, 415, 431, 500)
 """What the limits on all that arrives, and the unforeseen, may answer to any request."""
 _WITH_KEY = (401, 403, 429, 503)
 """And what who calls, from where, how often, and while the service ends, may be answered."""
+_WITH_BODY = (408, 413)
+"""And what the limits answer to a body that comes too slowly, or is too long."""
 _REF = {"$ref": "#/components/schemas/Problem"}
 
 
@@ -56,6 +58,7 @@ def _complete(document: dict[str, Any]) -> None:
                 operation["security"] = [{"key": []}, {}]
             responses = operation["responses"]
             wanted = _EVERYWHERE + (_WITH_KEY if needs_key else ())
+            wanted += _WITH_BODY if "requestBody" in operation else ()
             for status in sorted({*wanted, *(int(s) for s in responses if s.isdecimal() and int(s) >= 400)}):
                 responses[str(status)] = {"$ref": f"#/components/responses/Problem{status}"}
     # FastAPI's own form of a validation error, which nobody gets to see here.

@@ -186,8 +186,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:
         path = f"{shim.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         more = {"PATH": path, "HOME": short, "RAY_TMPDIR": short, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-        with demo.running_server(folder / "avatars") as url:
-            yield Reader(folder, os.environ | more, url)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REPOSER_JOBS_DIR", str(folder / "jobs"))
+            with demo.running_server(folder / "avatars") as url:
+                yield Reader(folder, os.environ | more, url)
 
 
 @pytest.mark.timeout(900)

@@ -1,4 +1,4 @@
-"""The Python client: `Client` and `AsyncClient`.  Needs httpx, websockets and numpy, nothing of the server."""
+"""The Python client: `Client` and `AsyncClient`.  Needs httpx, websockets, zstandard and numpy."""
 
 from service.client.aio import AsyncClient
 from service.client.aio_stream import AsyncStream

@@ -81,10 +81,11 @@ class AsyncClient:
         translations: ArrayLike | None = None,
         *,
         codec: Codec = "q16",
+        timeout_s: float | None = None,
         **options: Any,
     ) -> AsyncIterator[Frame]:
         """The frames of a sequence, each as soon as it is there."""
-        call = repose_call(avatar, poses, translations, frames_type(codec), options)
+        call = repose_call(avatar, poses, translations, frames_type(codec), options, timeout_s=timeout_s)
         async with self._answer("POST", call) as answer:
             reader = StreamReader()
             try:
@@ -103,10 +104,11 @@ class AsyncClient:
         translations: ArrayLike | None = None,
         *,
         progress: Callable[[int, int | None], None] | None = None,
+        timeout_s: float | None = None,
         **options: Any,
     ) -> Applied:
         """Write the reposed sequence to a file, whose name says the format."""
-        call = repose_call(avatar, poses, translations, media_type_of(path), options)
+        call = repose_call(avatar, poses, translations, media_type_of(path), options, timeout_s=timeout_s)
         return await self._save("POST", call, Path(path), progress)
 
     async def submit(

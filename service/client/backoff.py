@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 
 FIRST_S, LONGEST_S = 0.25, 8.0
-LONGEST_RETRY_AFTER_S = 60.0
+LONGEST_RETRY_AFTER_S = 20.0
 RETRIED = (429, 503)
 """Answers that say: later."""
 

@@ -113,8 +113,12 @@ def repose_call(
     accept: str,
     options: dict[str, Any],
     resource: str = "repose",
+    timeout_s: float | None = None,
 ) -> Call:
     """`POST /avatars/{id}/repose`, or `/jobs`.
+
+    Args:
+        timeout_s: seconds that the service is given; it answers 504 if they do not do.
 
     Raises:
         OSError: the file of poses cannot be read.
@@ -131,8 +135,15 @@ def repose_call(
         arrays = {"poses": np.asarray(poses)} | ({} if translations is None else {"trans": np.asarray(translations)})
         np.savez(file, allow_pickle=False, **arrays)
         body = file.getvalue()
-    query = {name: str(value) for name, value in options.items() if value is not None}
-    return Call(avatar_path(avatar, resource), query, {"Content-Type": kind, "Accept": accept}, body)
+    # Booleans in lower case, as everywhere but in Python.
+    query = {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in options.items()
+        if value is not None
+    }
+    headers = {"Content-Type": kind, "Accept": accept}
+    headers |= {} if timeout_s is None else {"Request-Timeout": str(timeout_s)}
+    return Call(avatar_path(avatar, resource), query, headers, body)
 
 
 def avatar_path(avatar: str, *rest: str) -> str:

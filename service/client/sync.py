@@ -83,6 +83,7 @@ class Client:
         translations: ArrayLike | None = None,
         *,
         codec: Codec = "q16",
+        timeout_s: float | None = None,
         **options: Any,
     ) -> Iterator[Frame]:
         """The frames of a sequence, each as soon as it is there.
@@ -91,9 +92,10 @@ class Client:
             poses: an array such as (F, 72), or the path of a file.
             translations: (F, 3), for an array of poses.
             codec: q16 is half of f32 and exact to 0.02 mm.
+            timeout_s: seconds that each try may take the service; what takes longer is `Refused` with 504.
             options: lod, up_axis, units, fps and the other query parameters of `POST /avatars/{id}/repose`.
         """
-        call = repose_call(avatar, poses, translations, frames_type(codec), options)
+        call = repose_call(avatar, poses, translations, frames_type(codec), options, timeout_s=timeout_s)
         with self._answer("POST", call) as answer:
             try:
                 yield from decode_stream(answer.iter_bytes())
@@ -108,17 +110,19 @@ class Client:
         translations: ArrayLike | None = None,
         *,
         progress: Callable[[int, int | None], None] | None = None,
+        timeout_s: float | None = None,
         **options: Any,
     ) -> Applied:
         """Write the reposed sequence to a file, whose name says the format.
 
         Args:
             progress: called with the bytes that have come and, where it is known, the number of all.
+            timeout_s: as for `repose`.
 
         Raises:
             ValueError, OSError: the name is that of no format; the file cannot be written.
         """
-        call = repose_call(avatar, poses, translations, media_type_of(path), options)
+        call = repose_call(avatar, poses, translations, media_type_of(path), options, timeout_s=timeout_s)
         return self._save("POST", call, Path(path), progress)
 
     def submit(

@@ -8,6 +8,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
 from service.errors import JobFailed, JobNotFinished, JobNotFound
+from service.headers import APPLIED_HEADERS
 from service.job_store import Job
 from service.jobs import Jobs
 from service.openapi import problems
@@ -42,7 +43,7 @@ def job_routes(reposing: Reposing, jobs: Jobs) -> APIRouter:
         operation_id="create_job",
         status_code=202,
         response_model=Job,
-        responses=problems(400, 404, 406, 408, 413, 415, 422, 503, 507)
+        responses=problems(400, 404, 406, 413, 415, 422, 503, 507)
         | {200: {"model": Job, "description": "It was asked for before"}},
         openapi_extra={"requestBody": REQUEST},
     )
@@ -86,7 +87,7 @@ def job_routes(reposing: Reposing, jobs: Jobs) -> APIRouter:
         "/jobs/{job_id}/result",
         operation_id="get_job_result",
         response_class=Response,
-        responses=problems(404, 409, 422) | {200: {"content": {"application/octet-stream": _BINARY}}},
+        responses=problems(404, 409, 422) | {200: {"content": {"application/octet-stream": _BINARY}, "headers": APPLIED_HEADERS}},
     )
     async def get_result(job_id: JobId, request: Request) -> Response:
         """What `repose` would have answered."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from service.answers import FORMATS
+from service.headers import ANSWER_HEADERS, KNOWN_HEADERS, REQUEST_HEADERS
 from service.openapi import problems
 from service.pose_values import ACCEPTED_WIDTHS, SHAPES
 from service.reposing import JSON_TYPES, NPZ_TYPES, Reposing
@@ -37,8 +38,15 @@ REQUEST = {
     "content": {kind: {"schema": _BODY_SCHEMA} for kind in JSON_TYPES} | dict.fromkeys(NPZ_TYPES, _BINARY),
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": dict.fromkeys(FORMATS, _BINARY), "description": "The reposed surface, in the accepted format"},
-    304: {"description": "The answer you have, as If-None-Match names it, is the one you would get"},
+    200: {
+        "content": dict.fromkeys(FORMATS, _BINARY),
+        "description": "The reposed surface, in the accepted format",
+        "headers": ANSWER_HEADERS,
+    },
+    304: {
+        "description": "The answer you have, as If-None-Match names it, is the one you would get",
+        "headers": KNOWN_HEADERS,
+    },
     **problems(400, 404, 406, 413, 415, 422, 503, 504, 507),
 }
 
@@ -52,7 +60,7 @@ def repose_routes(reposing: Reposing) -> APIRouter:
         operation_id="repose",
         response_class=Response,
         responses=_RESPONSES,
-        openapi_extra={"requestBody": REQUEST},
+        openapi_extra={"requestBody": REQUEST, "parameters": REQUEST_HEADERS},
     )
     async def repose(avatar_id: str, query: Annotated[ReposeQuery, Query()], request: Request) -> Response:
         """Repose the avatar, frame after frame, with the vertices and faces of `GET /avatars/{id}/mesh`.
@@ -65,8 +73,6 @@ def repose_routes(reposing: Reposing) -> APIRouter:
         exact to 0.02 mm (`service/frames.py` has the layout and a decoder).  `application/x-npz` has `vertices`
         (F, V, 3), `faces` and `fps`; `model/gltf-binary` is an animated mesh of at most 255 frames; there are
         others.  All are y up, in metres; the `Reposer-*` headers say what was applied to the input.
-
-        `Request-Timeout` (seconds) or `X-Deadline-Ms` bounds the time; `Cache-Control: no-store` leaves the cache out.
         """
         return await reposing.answer(avatar_id, query, request)
 

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from service.avatars import AvatarStore
 from service.errors import UnsupportedMedia
+from service.headers import READ_HEADERS
 from service.openapi import problems
 from service.poses import PoseSequence, parse_json, parse_npz
 from service.reposing import read_body
@@ -66,7 +67,7 @@ def viewer_routes(settings: Settings, store: AvatarStore) -> APIRouter:
         operation_id="read_poses",
         tags=["avatars"],
         response_class=Response,
-        responses=problems(400, 404, 413, 415, 422, 503) | {200: {"content": {ROWS: _BINARY}}},
+        responses=problems(400, 404, 413, 415, 422, 503) | {200: {"content": {ROWS: _BINARY}, "headers": READ_HEADERS}},
         openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys((JSON, NPZ, NPY), _BINARY)}},
     )
     async def read_poses(avatar_id: AvatarIdPath, query: Annotated[PoseQuery, Query()], request: Request) -> Response:

@@ -1,10 +1,13 @@
 """The Python client: what it needs, what it retries, and that it decodes what a real server sends."""
 
+import ast
 import asyncio
 import io
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from service.client import AsyncClient, AvatarChanged, Client, ConnectionLost, F
 from service.client.backoff import Backoff
 from service.client.calls import MEDIA_TYPES
 from service.client.stream_state import StreamState
-from service.frames import encode_frame
+from service.frames import FrameEncoder, encode_frame
 
 VERTICES = np.arange(12, dtype=np.float32).reshape(4, 3)
 FRAMES = b"".join(
@@ -34,7 +37,7 @@ APPLIED = {
 }  # fmt: skip
 
 SERVER_ONLY = ("fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "onnxruntime", "onnx", "PIL",
-               "redis", "taskiq", "prometheus_client", "zstandard", "torch")  # fmt: skip
+               "redis", "taskiq", "prometheus_client", "torch")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,27 @@ importlib.util.find_spec = lambda name, *rest: None if name in {SERVER_ONLY} els
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_base_installation_has_whatever_the_client_imports() -> None:
+    root = Path(__file__).parents[2]
+    todo = {f"service.client.{path.stem}" for path in (root / "service" / "client").glob("*.py")}
+    seen: set[str] = set()
+    packages: set[str] = set()
+    while todo:
+        seen.add(module := todo.pop())
+        path = root / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        # Inside of functions too: those fail late.
+        for node in ast.walk(ast.parse(path.read_text())) if path.is_file() else ():
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = {node.module or ""} if isinstance(node, ast.ImportFrom) else {name.name for name in node.names}
+                todo |= {name for name in names if name.startswith("service.")} - seen
+                packages |= {name.partition(".")[0] for name in names}
+    packages -= {"service"} | set(sys.stdlib_module_names)
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    # The bar is the command's.
+    assert packages | {"tqdm"} == {re.split(r"[<>=]", item)[0] for item in project["dependencies"]}
 
 
 def test_every_format_has_its_suffix() -> None:
@@ -128,6 +152,16 @@ def test_repose_posts_poses_and_decodes_frames(kind: str) -> None:
 
 
 @both
+def test_q16d_comes_as_float32(kind: str) -> None:
+    encoder = FrameEncoder("q16d")
+    encoded = [encoder.encode(VERTICES + n, np.zeros(3), seq=n, frame=n, last=n == 2) for n in range(3)]
+    server = Server(httpx.Response(200, content=b"".join(encoded)))
+    frames = server.run(kind, "repose", "open", np.zeros((3, 72)), codec="q16d")
+    assert server.requests[0].headers["accept"].endswith(";codec=q16d")
+    np.testing.assert_allclose(frames[2].vertices, VERTICES + 2, atol=1e-3)
+
+
+@both
 def test_what_is_put_off_is_tried_again_and_not_before_its_time(kind: str) -> None:
     server = Server(
         busy(503, **{"Retry-After": "2"}), busy(429, **{"Retry-After": "7"}), httpx.ConnectError("x"), good()
@@ -192,6 +226,23 @@ def test_export_writes_the_file_that_its_name_says(kind: str, tmp_path: Path) ->
     assert (out.stat().st_size, seen[-1]) == (70_000, (70_000, 70_000))
     with pytest.raises(ValueError, match=r"\.fbx"):
         server.run(kind, "export", "open", np.zeros((1, 72)), tmp_path / "out.fbx")
+
+
+@both
+def test_the_time_that_the_service_is_given_travels_as_a_header_and_options_as_the_query(
+    kind: str, tmp_path: Path
+) -> None:
+    server = Server(good(), httpx.Response(200, content=b"x", headers=APPLIED), good())
+    poses = np.zeros((3, 72))
+    server.run(kind, "repose", "open", poses, timeout_s=1.5, normalize=True, target_fps=25)
+    server.run(kind, "export", "open", poses, tmp_path / "out.npz", timeout_s=60, rotation="axis_angle")
+    server.run(kind, "repose", "open", poses)
+    assert [request.headers.get("request-timeout") for request in server.requests] == ["1.5", "60", None]
+    assert [dict(request.url.params) for request in server.requests] == [
+        {"normalize": "true", "target_fps": "25"},
+        {"rotation": "axis_angle"},
+        {},
+    ]
 
 
 def job(state: str, done: int = 0, **more: Any) -> httpx.Response:

@@ -1,7 +1,9 @@
 """The commands against a real server in a process of its own."""
 
+import io
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import pytest
 from service import __main__ as command
 from service import demo
 from service.answers import GLB
+from service.client.calls import Call
+from service.client.sync import Client
 from service.formats.morph import read_animated_glb
 from service.frames import decode_stream
+from service.schemas import ReposeQuery
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,73 @@ def test_repose_takes_json(url: str, tmp_path: Path) -> None:
     (tmp_path / "poses.json").write_text(json.dumps({"poses": [[0.0] * 72]}))
     arguments = ["repose", "tiny", str(tmp_path / "poses.json"), "-o", str(tmp_path / "out.glb"), "--url", url]
     assert command.main(arguments) == 0
+
+
+def test_every_option_of_the_query_has_a_flag_that_reaches_the_server(
+    url: str, motion_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, str] = {
+        "lod": "preview", "up_axis": "z", "units": "cm", "fps": "60.0", "rotation": "axis_angle", "frame": "world",
+        "every": "2", "target_fps": "15.0", "normalize": "true",
+    }  # fmt: skip
+    calls: list[Call] = []
+    save = Client._save
+
+    def remember(self: Client, method: str, call: Call, *rest: Any) -> Any:
+        calls.append(call)
+        return save(self, method, call, *rest)
+
+    monkeypatch.setattr(Client, "_save", remember)
+    poses = motion_file.with_name("motion.json")
+    with np.load(motion_file) as arrays:
+        poses.write_text(json.dumps({"poses": arrays["poses"].tolist()}))
+    output = motion_file.with_name("out.npz")
+    command_line = ["repose", "tiny", str(poses), "-o", str(output), "--url", url]
+    assert command.main(command_line) == 0
+    wanted: list[dict[str, str]] = [{}]
+    # The two exclude each other.  At 60 a second, each second frame is 30 a second: of 7 frames 4, or as 15 a second 2.
+    for without, frames, fps in (("target_fps", 4, 30.0), ("every", 2, 15.0)):
+        flags = {name: value for name, value in said.items() if name != without}
+        wanted.append(flags)
+        words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+        words.remove("true")
+        assert command.main([*command_line, *words, "--timeout", "60"]) == 0
+        with np.load(output, allow_pickle=False) as arrays:
+            assert (len(arrays["vertices"]), float(arrays["fps"])) == (frames, fps)
+    assert [call.query for call in calls] == wanted
+    assert said.keys() == ReposeQuery.model_fields.keys()
+    assert [call.headers.get("Request-Timeout") for call in calls] == [None, "60.0", "60.0"]
+
+
+def test_repose_gives_up_when_its_time_is_over(url: str, motion_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(motion_file.with_name("out.npz"))
+    for seconds, message in (("0.0000001", "504 deadline"), ("0", "422 option-invalid")):
+        words = ["repose", "tiny", str(motion_file), "-o", output, "--url", url, "--timeout", seconds]
+        assert command.main(words) == 1
+        assert message in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("avatar", ["tiny", "nobody"])
+def test_the_bar_is_gone_at_the_end_and_is_not_there_where_nobody_watches(
+    url: str, motion_file: Path, avatar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = motion_file.with_name("out.npz")
+    words = ["repose", avatar, str(motion_file), "-o", str(output), "--url", url]
+    for watcher in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", watcher)
+        assert command.main(words) == (0 if avatar == "tiny" else 1)
+        text = watcher.getvalue()
+        assert ("out.npz:" in text) == watcher.isatty()
+        # What is left on the last line: nothing, or why it failed.
+        rest = text.rpartition("\r")[2].strip()
+        assert rest == "" if avatar == "tiny" else rest.startswith("reposer: 404 avatar-not-found")
 
 
 def test_repose_explains_failures_and_writes_nothing(

@@ -1,6 +1,7 @@
 """The description of the API is kept: whatever is sent, what comes back is what it says."""
 
 import io
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.core.failures import FailureGroup
+from starlette.datastructures import Headers
 
 from service import uploads
 from service.answers import FRAMES
@@ -26,11 +28,14 @@ from service.errors import (
     AvatarNotFound,
     AvatarServiceError,
     BundleInvalid,
+    DeadlinePassed,
     InvalidPose,
     JobNotFound,
+    OptionInvalid,
     PreconditionFailed,
     VersionNotFound,
 )
+from service.reposing import deadline_of
 from service.settings import Settings
 
 EXAMPLES = 6
@@ -46,6 +51,8 @@ BEYOND_A_SCHEMA = {
     # which options go together.
     BundleInvalid.code,
     *(error.code for error in (InvalidPose, *InvalidPose.__subclasses__())),
+    # Nor is there a time that is enough on every machine.
+    DeadlinePassed.code,
 }
 """Why something may be refused that is as the description says."""
 
@@ -126,6 +133,55 @@ def send(operation: Any, mode: GenerationMode) -> None:
 
 def operations(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [operation for item in document["paths"].values() for operation in item.values()]
+
+
+def test_whatever_has_a_body_may_be_told_that_it_came_too_slowly(document: dict[str, Any]) -> None:
+    with_body = [operation for operation in operations(document) if "requestBody" in operation]
+    assert {"repose", "create_job", "put_avatar", "read_poses"} == {each["operationId"] for each in with_body}
+    assert all({"408", "413"} <= set(operation["responses"]) for operation in with_body)
+
+
+OURS = re.compile("reposer-.*|etag|x-cache|server-timing|content-disposition|warning")
+"""Headers that an answer has from this service, and from none below or before it."""
+
+
+@pytest.mark.anyio
+async def test_every_header_that_an_answer_has_is_described_and_the_other_way_round(
+    serve: Any, document: dict[str, Any]
+) -> None:
+    url, body = "/avatars/tiny/repose", {"poses": [[0.0] * 165] * 4, "fps": 60}
+    async with serve() as client:
+        plain = await client.post(url, json=body)
+        # What is there only now and then: another rate, fingers that are left out, an answer that is not kept.
+        more = await client.post(f"{url}?target_fps=30", json=body, headers={"Cache-Control": "no-store"})
+        known = await client.post(url, json=body, headers={"If-None-Match": plain.headers["etag"]})
+        read = await client.post("/avatars/tiny/poses", json=body)
+    assert [answer.status_code for answer in (plain, more, known, read)] == [200, 200, 304, 200]
+    repose = document["paths"]["/avatars/{avatar_id}/repose"]["post"]["responses"]
+    read_poses = document["paths"]["/avatars/{avatar_id}/poses"]["post"]["responses"]
+    every: set[str] = set()
+    for answer, response in ((plain, repose["200"]), (more, repose["200"]), (known, repose["304"]),
+                             (read, read_poses["200"])):  # fmt: skip
+        described = {name.lower(): header for name, header in response["headers"].items()}
+        has = {name.lower() for name in answer.headers}
+        assert {name for name in has if OURS.fullmatch(name)} <= described.keys()
+        assert {name for name, header in described.items() if header["required"]} <= has
+        assert all(header["description"].endswith(".") for header in described.values())
+        every |= has if answer is not read else set()
+    assert {name.lower() for name in repose["200"]["headers"]} <= every
+
+
+def test_the_headers_of_a_request_are_described(document: dict[str, Any]) -> None:
+    parameters = document["paths"]["/avatars/{avatar_id}/repose"]["post"]["parameters"]
+    headers = {each["name"]: each["schema"] for each in parameters if each["in"] == "header"}
+    assert headers.keys() == {"If-None-Match", "Request-Timeout", "X-Deadline-Ms", "Cache-Control"}
+    for name, scale in (("Request-Timeout", 1), ("X-Deadline-Ms", 1000)):
+        longest = headers[name]["maximum"]
+        assert longest == 86400 * scale
+        assert deadline_of(Headers({name: str(longest)})) is not None
+        for refused in (0, longest + 1):
+            with pytest.raises(OptionInvalid):
+                deadline_of(Headers({name: str(refused)}))
 
 
 @pytest.mark.anyio
