@@ -78,7 +78,8 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     streams = app.state.streams = Streams(settings, store, room, guard, metrics)
     lifecycle.finishers.append(streams.drain)
     app.add_middleware(Gate, settings, store, room, reposing)
-    app.add_middleware(Admission, guard, RateLimiter(settings.requests_per_s, settings.burst_requests, link))
+    rates = RateLimiter(settings.requests_per_s, settings.burst_requests, link)
+    app.add_middleware(Admission, guard, rates, public_metrics=settings.public_metrics)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -166,6 +166,17 @@ def test_every_replica_is_watched() -> None:
         assert SERVICES[name]["networks"] == {"back": {"aliases": found["names"]}}
 
 
+def test_prometheus_needs_no_key_and_nobody_else_gets_the_metrics() -> None:
+    (job,) = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())["scrape_configs"]
+    assert job.get("metrics_path", "/metrics") == "/metrics"
+    assert "authorization" not in job
+    for name in ("service", "service-gpu"):
+        assert SERVICES[name]["environment"]["REPOSER_PUBLIC_METRICS"] == "true"
+        assert "ports" not in SERVICES[name]
+    # An exact match, which comes before all others.
+    assert re.findall(r"location = /metrics (\{.*?\})", NGINX) == ["{ return 404; }"]
+
+
 def test_the_dashboard_shows_what_the_service_exports_and_all_of_it() -> None:
     suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
     families = Metrics().registry.collect()
