@@ -131,6 +131,15 @@ async def test_metrics_need_a_key_unless_a_setting_says_otherwise(serve: Any, ke
             assert (await client.request(method, path)).status_code == 401, (method, path)
 
 
+async def test_whether_an_avatar_is_ready_is_told_to_those_with_a_key(serve: Any, keys_file: Path) -> None:
+    token = add_key(keys_file, "prober", ("data",))
+    async with serve(keys_file=keys_file) as client:
+        assert (await client.get("/v2/health/ready")).status_code == 200
+        for path in ("/v2/models/tiny/ready", "/avatars/tiny/ready", "/v2/models/nobody/ready"):
+            assert (await client.get(path)).status_code == 401, path
+        assert (await client.get("/v2/models/tiny/ready", headers=bearer(token))).status_code == 200
+
+
 async def test_fault_35_a_data_key_does_not_change_avatars(serve: Any, keys_file: Path) -> None:
     data, admin = add_key(keys_file, "user", ("data",)), add_key(keys_file, "operator", ("admin",))
     async with serve(keys_file=keys_file) as client:
