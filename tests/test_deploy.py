@@ -167,6 +167,15 @@ def test_every_replica_is_watched() -> None:
         assert SERVICES[name]["networks"] == {"back": {"aliases": found["names"]}}
 
 
+def test_traces_can_be_switched_on() -> None:
+    installs = re.findall(r'"\.\[(\w+),tracing\]"', DOCKERFILES["service.Dockerfile"])
+    assert installs == ["cpu", "gpu"]
+    for name in ("service", "service-gpu"):
+        environment = SERVICES[name]["environment"]
+        assert environment["OTEL_SERVICE_NAME"] == "reposer"
+        assert {"FASTAPI_OTEL_AUTO_CONFIGURE", "OTEL_EXPORTER_OTLP_ENDPOINT"} <= environment.keys()
+
+
 def test_prometheus_needs_no_key_and_nobody_else_gets_the_metrics() -> None:
     (job,) = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())["scrape_configs"]
     assert job.get("metrics_path", "/metrics") == "/metrics"
