@@ -36,7 +36,7 @@ RUN python -m venv --without-pip .venv && mkdir service && touch README.md servi
 FROM python AS python-cpu
 RUN --mount=type=secret,id=ca_bundle \
     if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; \
-    pip --python .venv/bin/python install --no-cache-dir --quiet -c constraints.txt ".[cpu]" \
+    pip --python .venv/bin/python install --no-cache-dir --quiet -c constraints.txt ".[cpu,tracing]" \
     && rm -r .venv/lib/python3*/site-packages/onnx/backend/test
 COPY README.md ./
 COPY service service
@@ -50,7 +50,7 @@ COPY docker/cuda-constraints.txt ./
 RUN --mount=type=secret,id=ca_bundle \
     if [ -s /run/secrets/ca_bundle ]; then export PIP_CERT=/run/secrets/ca_bundle; fi; \
     pip --python .venv/bin/python install --no-cache-dir --quiet -c constraints.txt -c cuda-constraints.txt \
-       ".[gpu]" "onnxruntime-gpu[cuda,cudnn]" \
+       ".[gpu,tracing]" "onnxruntime-gpu[cuda,cudnn]" \
     && rm -r .venv/lib/python3*/site-packages/onnx/backend/test
 COPY README.md ./
 COPY service service

@@ -291,7 +291,7 @@ def drain(stack: Stack) -> None:
 
 
 def keys(stack: Stack) -> None:
-    """with a file of keys, those who have none are refused"""
+    """with a file of keys, those who have none are refused, but for Prometheus"""
     key = stack.compose("run", "--rm", "keys", "add", "check").splitlines()[-1]
     stack.environment["REPOSER_KEYS_FILE"] = "/var/lib/reposer/keys/keys.json"
     stack.environment["REPLICAS"] = "1"
@@ -299,6 +299,10 @@ def keys(stack: Stack) -> None:
     stack.wait_until("401 without a key", lambda: httpx.get(f"{stack.url}/avatars").status_code == 401)
     with Client(stack.url, key) as client:
         expect("avatars with a key", len(client.avatars()) == 1)
+    replica = stack.containers("service")[0]
+    program = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8000/metrics').status)"
+    expect("metrics for Prometheus", stack.docker("exec", replica, "python", "-c", program) == "200")
+    expect("no metrics in front", httpx.get(f"{stack.url}/metrics").status_code == 404)
 
 
 def observability(stack: Stack) -> None:

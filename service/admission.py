@@ -18,11 +18,11 @@ _READS = ("GET", "HEAD", "OPTIONS")
 class Admission:
     """ASGI middleware: `request.state.principal` is who calls; everybody else is refused here."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, rates: RateLimiter) -> None:
-        self._app, self._guard, self._rates = app, guard, rates
+    def __init__(self, app: ASGIApp, guard: Guard, rates: RateLimiter, *, public_metrics: bool = False) -> None:
+        self._app, self._guard, self._rates, self._public_metrics = app, guard, rates, public_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or _is_public(scope):
+        if scope["type"] not in ("http", "websocket") or self._is_public(scope):
             return await self._app(scope, receive, send)
         rate_headers: list[tuple[bytes, bytes]] = []
 
@@ -51,6 +51,13 @@ class Admission:
         scope.setdefault("state", {})["principal"] = principal
         return await self._app(scope, receive, answer)
 
+    def _is_public(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["method"] not in _READS:
+            return False
+        if scope["path"] == "/metrics":  # no other spelling: a proxy in front refuses this one
+            return self._public_metrics
+        return PUBLIC.fullmatch(scope["path"]) is not None
+
 
 def plane_of(scope: Scope) -> Plane | None:
     """The plane a request needs; None for reading, which any key may."""
@@ -62,7 +69,3 @@ def plane_of(scope: Scope) -> Plane | None:
         # A job is its owner's to cancel; avatars are everybody's.
         return "data" if scope["path"].startswith("/jobs") else "admin"
     return "admin" if scope["path"].rstrip("/").endswith(("/load", "/unload")) else "data"
-
-
-def _is_public(scope: Scope) -> bool:
-    return scope["type"] == "http" and scope["method"] in _READS and PUBLIC.fullmatch(scope["path"]) is not None

@@ -34,6 +34,7 @@ from service.routes.viewer import viewer_routes
 from service.security import Guard
 from service.settings import Settings
 from service.streaming.streams import Streams
+from service.tracing import TELEMETRY, Tracing
 from service.uploads import Uploads
 
 
@@ -69,6 +70,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
         version=version("reposer"),
         summary="Post SMPL poses, get the clothed surface back, frame after frame.",
         lifespan=lifespan,
+        telemetry=TELEMETRY,
     )
     app.state.reposing, app.state.jobs = reposing, jobs
     app.state.store, app.state.room, app.state.lifecycle, app.state.metrics = store, room, lifecycle, metrics
@@ -78,7 +80,8 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
     streams = app.state.streams = Streams(settings, store, room, guard, metrics)
     lifecycle.finishers.append(streams.drain)
     app.add_middleware(Gate, settings, store, room, reposing)
-    app.add_middleware(Admission, guard, RateLimiter(settings.requests_per_s, settings.burst_requests, link))
+    rates = RateLimiter(settings.requests_per_s, settings.burst_requests, link)
+    app.add_middleware(Admission, guard, rates, public_metrics=settings.public_metrics)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -88,6 +91,7 @@ def create_app(settings: Settings, make_engine: EngineFactory | None = None) -> 
             expose_headers=["*"],
         )
     app.add_middleware(Traffic, lifecycle, metrics, settings.max_requests)
+    app.add_middleware(Tracing)
     app.add_middleware(Limits, settings)
     app.include_router(health_routes(settings, store, room, lifecycle, metrics))
     app.include_router(avatar_routes(store, uploads))

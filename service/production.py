@@ -18,6 +18,7 @@ from service.folders import is_full
 from service.formats.clip import Clip
 from service.metrics import Metrics
 from service.poses import PoseSequence
+from service.tracing import note_time
 
 INLINE_VERTEX_FRAMES, INLINE_FRAMES = 80_000, 20
 """To encode so many as numbers takes 0.3 ms; to ask a thread for it takes longer on a busy machine."""
@@ -44,6 +45,7 @@ class Times:
 
     def add(self, what: str, seconds: float) -> None:
         self.spent[what] = self.spent.get(what, 0.0) + seconds
+        note_time(what, self.spent[what])
 
     def header(self) -> str:
         return ", ".join(f"{what};dur={1000 * seconds:.3f}" for what, seconds in self.spent.items())

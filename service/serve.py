@@ -28,6 +28,7 @@ from service.scheduling import ask_for_short_slices
 from service.settings import Settings
 from service.streaming.session import Limits
 from service.streaming.socket import StreamSocket
+from service.tracing import add_trace
 
 log = logging.getLogger(__name__)
 ENGINE_FAILED = 70
@@ -170,6 +171,7 @@ def set_up_logging() -> None:
     """To a terminal in words; elsewhere one JSON object a line, with the id of the request."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_request_id)
+    handler.addFilter(add_trace)
     if sys.stderr.isatty():
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     else:

@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     """API keys as `reposer keys add` writes them.  None lets everybody in."""
     open_access: bool = False
     """Let everybody in on other addresses than this machine's own, where there are no keys."""
+    public_metrics: bool = False
+    """Answer `/metrics` without a key: for where only Prometheus can ask for it."""
     allowed_origins: tuple[str, ...] = ()
     """Pages of other hosts from which browsers may call, such as `["https://viewer.example"]`."""
     requests_per_s: float = Field(default=0.0, ge=0)

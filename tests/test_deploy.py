@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.limits import _REQUEST_ID
 from service.metrics import Metrics
 from service.serve import CLOSE_S, HARD_STOP_S
 from service.settings import Settings
@@ -166,6 +167,26 @@ def test_every_replica_is_watched() -> None:
         assert SERVICES[name]["networks"] == {"back": {"aliases": found["names"]}}
 
 
+def test_traces_can_be_switched_on() -> None:
+    installs = re.findall(r'"\.\[(\w+),tracing\]"', DOCKERFILES["service.Dockerfile"])
+    assert installs == ["cpu", "gpu"]
+    for name in ("service", "service-gpu"):
+        environment = SERVICES[name]["environment"]
+        assert environment["OTEL_SERVICE_NAME"] == "reposer"
+        assert {"FASTAPI_OTEL_AUTO_CONFIGURE", "OTEL_EXPORTER_OTLP_ENDPOINT"} <= environment.keys()
+
+
+def test_prometheus_needs_no_key_and_nobody_else_gets_the_metrics() -> None:
+    (job,) = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())["scrape_configs"]
+    assert job.get("metrics_path", "/metrics") == "/metrics"
+    assert "authorization" not in job
+    for name in ("service", "service-gpu"):
+        assert SERVICES[name]["environment"]["REPOSER_PUBLIC_METRICS"] == "true"
+        assert "ports" not in SERVICES[name]
+    # An exact match, which comes before all others.
+    assert re.findall(r"location = /metrics (\{.*?\})", NGINX) == ["{ return 404; }"]
+
+
 def test_the_dashboard_shows_what_the_service_exports_and_all_of_it() -> None:
     suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",), "gauge": ("",)}
     families = Metrics().registry.collect()
@@ -205,6 +226,18 @@ def test_fault_24_nginx_limits_headers_and_their_time() -> None:
     assert re.search(r"client_header_timeout 10s;", NGINX)
     assert re.search(r"client_body_timeout 10s;", NGINX)
     assert re.search(r"large_client_header_buffers 4 16k;", NGINX)
+
+
+def test_nginx_and_the_replicas_log_a_request_by_the_same_name() -> None:
+    assert '"request_id":"$name_of_request"' in NGINX
+    # Said once, for all places: one that set a header of its own would lose those of the server.
+    (server, *places) = re.split(r"^ +location ", NGINX.partition("\n    server {")[2], flags=re.MULTILINE)
+    assert "proxy_set_header X-Request-Id $name_of_request;" in server
+    assert "proxy_set_header" not in "".join(places)
+    (names,) = re.findall(r"map \$http_x_request_id \$name_of_request \{(.+?)\n    \}", NGINX, re.DOTALL)
+    (given,) = re.findall(r'"~\^(.+)\$" +\$http_x_request_id;', names)
+    assert given.encode() == _REQUEST_ID.pattern
+    assert re.search(r"default +\$request_id;", names)
 
 
 def test_nginx_lets_through_what_the_service_takes() -> None:

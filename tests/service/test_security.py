@@ -118,6 +118,28 @@ async def test_fault_35_no_key_or_a_wrong_one_is_401(serve: Any, keys_file: Path
         assert (await client.get("/livez")).status_code == 200
 
 
+async def test_metrics_need_a_key_unless_a_setting_says_otherwise(serve: Any, keys_file: Path) -> None:
+    token = add_key(keys_file, "prometheus", ("data",))
+    async with serve(keys_file=keys_file) as client:
+        assert (await client.get("/metrics")).status_code == 401
+        assert (await client.get("/metrics", headers=bearer(token))).status_code == 200
+    async with serve(keys_file=keys_file, public_metrics=True) as client:
+        answer = await client.get("/metrics")
+        assert (answer.status_code, "reposer_frames_total" in answer.text) == (200, True)
+        # A proxy that keeps `/metrics` to itself knows it by this name only.
+        for method, path in (("GET", "/metrics/"), ("GET", "/Metrics"), ("POST", "/metrics"), ("GET", "/info")):
+            assert (await client.request(method, path)).status_code == 401, (method, path)
+
+
+async def test_whether_an_avatar_is_ready_is_told_to_those_with_a_key(serve: Any, keys_file: Path) -> None:
+    token = add_key(keys_file, "prober", ("data",))
+    async with serve(keys_file=keys_file) as client:
+        assert (await client.get("/v2/health/ready")).status_code == 200
+        for path in ("/v2/models/tiny/ready", "/avatars/tiny/ready", "/v2/models/nobody/ready"):
+            assert (await client.get(path)).status_code == 401, path
+        assert (await client.get("/v2/models/tiny/ready", headers=bearer(token))).status_code == 200
+
+
 async def test_fault_35_a_data_key_does_not_change_avatars(serve: Any, keys_file: Path) -> None:
     data, admin = add_key(keys_file, "user", ("data",)), add_key(keys_file, "operator", ("admin",))
     async with serve(keys_file=keys_file) as client:
