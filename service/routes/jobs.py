@@ -87,7 +87,8 @@ def job_routes(reposing: Reposing, jobs: Jobs) -> APIRouter:
         "/jobs/{job_id}/result",
         operation_id="get_job_result",
         response_class=Response,
-        responses=problems(404, 409, 422) | {200: {"content": {"application/octet-stream": _BINARY}, "headers": APPLIED_HEADERS}},
+        responses=problems(404, 409, 422)
+        | {200: {"content": {"application/octet-stream": _BINARY}, "headers": APPLIED_HEADERS}},
     )
     async def get_result(job_id: JobId, request: Request) -> Response:
         """What `repose` would have answered."""
