@@ -46,6 +46,8 @@ class Avatar:
     """Replaced when a fault has spoilt it."""
     pins: int = 0
     """Leases that are open."""
+    rebuilding: bool = False
+    """A fault has spoilt the engine, and a new one is being made."""
     spoilt: bool = False
     """The engine failed and could not be rebuilt."""
 
@@ -246,11 +248,14 @@ class AvatarStore:
             avatar.engine = self._make_engine(avatar.bundle.repose_onnx)
             avatar.check(*avatar.bundle.meshes)  # the first frame of each mesh takes longer than the next ones
 
+        avatar.rebuilding = True
         try:
             await to_thread.run_sync(build)
         except AvatarServiceError as error:
             log.error("avatar %s cannot be rebuilt: %s", avatar.id, error, exc_info=error.__cause__)
             return False
+        finally:
+            avatar.rebuilding = False
         return True
 
     def give_up(self, avatar: Avatar) -> None:

@@ -46,6 +46,8 @@ INLINE_S = 0.005
 be woken by it, takes a tenth of that, and on a virtual machine now and then as long again."""
 INLINE_PART = 0.25
 """Of the event loop's time that may go into that."""
+REBUILD_S = 2.0
+"""About how long it takes to make a new engine; meanwhile what is asked of it is refused."""
 REBUILD_INTERVAL_S = 30.0
 """An engine that has to be rebuilt twice within this time is given up."""
 
@@ -234,6 +236,8 @@ class EngineRoom:
     def _submit(self, work: Work) -> Work:
         if work.avatar.spoilt:
             raise AvatarUnavailable(f"the engine of {work.avatar.id} failed")
+        if work.avatar.rebuilding:
+            raise AvatarUnavailable(f"the engine of {work.avatar.id} is being rebuilt", retry_after_s=REBUILD_S)
         self._queue.add(work)
         self._wake.set()
         return work

@@ -50,7 +50,8 @@ def health_routes(
         if room.gave_up.is_set():
             raise NotReady("no engine works")
         async with lock:
-            if time.monotonic() - last_success_s >= settings.readiness_interval_s:
+            rebuilding = any(avatar.rebuilding for avatar in store.loaded())
+            if rebuilding or time.monotonic() - last_success_s >= settings.readiness_interval_s:
                 await _check_one(store, room)
                 last_success_s = time.monotonic()
         return Health(status="ready")

@@ -501,6 +501,32 @@ async def test_fault_26_a_spoilt_session_is_rebuilt_once(bundle_dir: Path, world
                 pass
 
 
+async def test_fault_26_while_an_engine_is_rebuilt_nobody_waits_for_it(bundle_dir: Path, world: World) -> None:
+    async with opened(bundle_dir, world) as (room, store, avatar):
+        may_go_on, make = threading.Event(), store._new_engine
+
+        def make_slowly(graph: bytes) -> Any:
+            may_go_on.wait(30)
+            return make(graph)
+
+        store._new_engine = make_slowly
+        world.spoils = lambda roots: bool(np.any(np.rint(roots[:, 0, 3]) == 13))
+        spoiling = asyncio.create_task(live(room, avatar, 13))
+        await until(lambda: avatar.rebuilding)
+        computed = len(world.threads)
+        for refused in (live(room, avatar, 4), room.check(avatar), several(room, avatar, 4, 3)):
+            with pytest.raises(AvatarUnavailable, match="rebuilt") as error:
+                await asyncio.wait_for(refused, 10)
+            assert error.value.headers["Retry-After"] == "2"
+        assert len(world.threads) == computed
+        assert not spoiling.done()
+        may_go_on.set()
+        with pytest.raises(EngineFailed):
+            await spoiling
+        assert not avatar.rebuilding
+        assert await live(room, avatar, 4) == [4]
+
+
 async def test_fault_26_what_was_in_flight_together_is_lost_together_and_the_engine_rebuilt_once(
     bundle_dir: Path, world: World
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -78,6 +79,18 @@ async def test_fault_26_an_engine_that_does_not_come_back_is_not_ready_at_once(s
         assert (await client.get("/readyz")).status_code == 503
         assert (await client.get("/livez")).status_code == 200
         assert client.app.state.room.gave_up.is_set()
+
+
+async def test_fault_26_a_service_whose_engine_is_rebuilt_is_not_ready_meanwhile(serve: Any) -> None:
+    async with serve(readiness_interval_s=300) as client:
+        assert (await client.get("/readyz")).status_code == 200  # and that would be remembered for minutes
+        avatar = client.app.state.store.in_memory("tiny")
+        avatar.rebuilding = True
+        assert (await client.get("/readyz")).status_code == 503
+        refused = await client.post(URL, json=POSES)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
+        avatar.rebuilding = False
+        assert (await client.get("/readyz")).status_code == 200
 
 
 async def test_draining_refuses_work_but_answers_probes(serve: Any) -> None:
@@ -167,6 +180,21 @@ async def test_fault_33_large_json_is_refused_and_the_loop_never_parses(
         assert (await client.post(URL, json=POSES)).status_code == 200
     assert len(threads) == 1
     assert threads[0] is not threading.current_thread()
+
+
+async def test_fault_20_who_goes_before_the_answer_is_written_down_as_499(
+    serve: Any, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(make_engine=lambda _: engine) as client:
+        engine.spoil = lambda vertices: (time.sleep(0.05), vertices)[1]
+        with caplog.at_level("INFO", "service.access"):
+            task = asyncio.create_task(client.post(URL, json=POSES))
+            while not client.app.state.lifecycle.in_flight:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.wait([task])
+        assert [vars(record)["status"] for record in caplog.records if record.name == "service.access"] == [499]
+        assert (await samples(client))["reposer_http_seconds_count:499"] == 1
 
 
 async def test_fault_20_a_request_whose_client_has_gone_frees_its_place(serve: Any) -> None:
