@@ -7,6 +7,7 @@ megabytes), so sizes are counted here.  What a proxy in front should do, time li
 import contextlib
 import contextvars
 import re
+import time
 import uuid
 from collections.abc import MutableMapping
 from typing import Any
@@ -34,6 +35,8 @@ MAX_TARGET_BYTES = 4 << 10
 SMALL_BODY_BYTES = 64 << 10
 UNREAD_BODY_S = 0.5
 """How long a refusal waits for a small body."""
+LEAST_BYTES_PER_S = 1000
+"""In the mean, beside the time that a single part may take."""
 MIN_MEAN_PIECE_BYTES, PIECES_FORGIVEN = 64, 4096
 """A body of more pieces than are forgiven may not be cut into smaller ones than this in the mean."""
 
@@ -145,6 +148,8 @@ class _Body:
     def __init__(self, receive: Receive, limit: int, idle_s: float) -> None:
         self._receive, self._limit, self._idle_s = receive, limit, idle_s
         self._bytes = self._pieces = 0
+        self._waited_s = 0.0
+        """For the client, not for ourselves."""
         self._announced: int | None = None
         self._complete = False
         self.error: AvatarServiceError | None = None
@@ -165,12 +170,16 @@ class _Body:
             raise self.error
         if self._complete:
             return await self._receive()
+        began, wait_s = time.monotonic(), self._idle_s + self._bytes / LEAST_BYTES_PER_S - self._waited_s
         try:
-            with anyio.fail_after(self._idle_s):
+            with anyio.fail_after(min(self._idle_s, wait_s)):
                 message = await self._receive()
+            self._waited_s += time.monotonic() - began
             self._count(message)
         except TimeoutError:
-            self.error = BodyTooSlow(f"expected the next part of the body within {self._idle_s:g} s")
+            self.error = BodyTooSlow(
+                f"expected the next part of the body within {self._idle_s:g} s, and {LEAST_BYTES_PER_S} bytes a second"
+            )
             raise self.error from None
         except AvatarServiceError as error:
             self.error = error

@@ -1,12 +1,13 @@
 """Redis, as something that may be gone: a call takes 50 ms at most, and while Redis is down it takes none.
 
 redis-py by itself tries for 4 to 59 seconds before it gives up (redis/redis-py#4082).  Here a call is tried once.  One
-that timed out, or three in a row that failed, open a breaker: from then on calls fail at once, and a task in the
-background looks every few seconds whether Redis is back.
+that timed out, or three in a row that failed or took more than half of that time, open a breaker: from then on calls
+fail at once, and a task in the background looks every few seconds whether Redis is back.
 """
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,8 @@ from redis.exceptions import RedisError, ResponseError
 
 log = logging.getLogger(__name__)
 FAILURES_TO_OPEN = 3
+SLOW = 0.5
+"""Of the time that a call may take: a Redis that needs so long each time costs more than it gains."""
 RETRY_S = 5.0
 CONNECTIONS = 64
 
@@ -55,6 +58,7 @@ class RedisLink:
         if not self.up:
             raise RedisDown("Redis is down")
         self.attempts += 1
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s or self._timeout_s):
                 answer = await self._redis.execute_command(*command)
@@ -62,21 +66,27 @@ class RedisLink:
             self._failures = 0
             raise
         except (RedisError, OSError) as error:
-            timed_out = isinstance(error, TimeoutError)
-            self._failures = FAILURES_TO_OPEN if timed_out else self._failures + 1
-            if self._failures >= FAILURES_TO_OPEN and self._recovery is None:
-                log.warning("Redis is down, going on without it: %s %s", type(error).__name__, error)
-                self._recovery = asyncio.create_task(self._recover())
+            self._failed(f"{type(error).__name__} {error}", FAILURES_TO_OPEN if isinstance(error, TimeoutError) else 1)
             raise RedisDown("Redis does not answer") from error
-        self._failures = 0
+        # What may take longer is waited for by nobody.
+        if timeout_s is None and time.monotonic() - began > SLOW * self._timeout_s:
+            self._failed("slow")
+        else:
+            self._failures = 0
         return answer
+
+    def _failed(self, why: str, failures: int = 1) -> None:
+        self._failures += failures
+        if self._failures >= FAILURES_TO_OPEN and self._recovery is None:
+            log.warning("going on without Redis: %s", why)
+            self._recovery = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
         while True:
             await asyncio.sleep(self._retry_s)
             self.attempts += 1
             with suppress(RedisError, OSError):
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(SLOW * self._timeout_s):
                     await self._redis.execute_command("PING")
                 log.info("Redis is back")
                 self._failures, self._recovery = 0, None

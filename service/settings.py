@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     max_bundle_bytes: int = Field(default=512 << 20, ge=1)
     """A longer upload of a bundle, or one that holds more, is refused with 413."""
     body_idle_s: float = Field(default=30.0, gt=0)
-    """A body of which nothing came for so long is refused with 408."""
+    """A body of which nothing came for so long is refused with 408; so is one of less than 1000 bytes a second."""
     send_idle_s: float = Field(default=30.0, gt=0)
     """A client that takes no byte of an answer for so long is cut off."""
     kept_versions: int = Field(default=3, ge=0)

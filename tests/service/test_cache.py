@@ -126,6 +126,33 @@ async def test_fault_29_a_redis_that_hangs_is_tried_once(redis_server: Any) -> N
         assert (link.attempts, link.up) == (1, False)
 
 
+async def test_fault_29_a_redis_that_is_slow_is_left_alone_until_it_is_not(
+    redis_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with linked(redis_server.url, timeout_s=1.0, retry_s=0.05) as link:
+        execute, delay_s = link._redis.execute_command, 0.6
+
+        async def slowly(*command: Any) -> Any:
+            await asyncio.sleep(delay_s)
+            return await execute(*command)
+
+        monkeypatch.setattr(link._redis, "execute_command", slowly)
+        # Where more time is given, nobody waits for it.
+        for _ in range(4):
+            assert await link.call("PING", timeout_s=5.0)
+        assert link.up
+        for _ in range(3):
+            assert link.up
+            assert await link.call("PING")  # an answer is an answer
+        assert not link.up
+        await asyncio.sleep(1.0)
+        assert not link.up  # it answers, but no sooner
+        delay_s = 0.0
+        async with asyncio.timeout(20):
+            while not link.up:
+                await asyncio.sleep(0.02)
+
+
 async def test_fault_29_a_redis_that_is_gone_is_tried_three_times(redis_server: Any) -> None:
     async with linked(redis_server.url) as link:
         shared = SharedCache(link)

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ def address(bundle_dir: Path, run_server: Any, tmp_path_factory: pytest.TempPath
         yield address
 
 
-def talk(address: tuple[str, int], *parts: bytes) -> bytes:
+def talk(address: tuple[str, int], *parts: bytes, pause_s: float = 0.0) -> bytes:
     """Send raw bytes and read until the server closes or answers."""
     with socket.create_connection(address, timeout=10) as connection:
         for part in parts:
+            time.sleep(pause_s)
             try:
                 connection.sendall(part)
             except OSError:  # refused before all was sent
@@ -77,6 +79,13 @@ def test_fault_06_compressed_bodies_are_not_opened(address: tuple[str, int]) -> 
 
 def test_a_body_that_stops_coming_is_408(address: tuple[str, int]) -> None:
     assert status_of(talk(address, POST + b"Content-Length: 100\r\n\r\n{")) == 408
+
+
+def test_a_body_that_trickles_is_408_and_a_slow_one_is_read(address: tuple[str, int]) -> None:
+    """Each of these parts comes in time."""
+    assert status_of(talk(address, POST + b"Content-Length: 20\r\n\r\n", *[b" "] * 20, pause_s=0.1)) == 408
+    # It is no JSON, which is known once all of it is there.
+    assert status_of(talk(address, POST + b"Content-Length: 4000\r\n\r\n", *[b" " * 200] * 20, pause_s=0.1)) == 400
 
 
 def test_fault_24_headers_are_bounded(address: tuple[str, int]) -> None:
