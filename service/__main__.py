@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reposer", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="serve | repose | convert | bake | keys | inspect")
+    commands = parser.add_subparsers(
+        required=True, metavar="serve | repose | avatars | convert | bake | keys | inspect"
+    )
 
     serve = commands.add_parser("serve", help="serve the avatars of a folder over HTTP until Ctrl-C")
     serve.add_argument("--bundles", type=Path, default=Path("avatars"), help="folder of avatars (default: avatars)")
@@ -36,14 +38,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--cpu", action="store_true", help="stay on the CPU even where CUDA is there")
     serve.set_defaults(run=_serve)
 
-    repose = commands.add_parser("repose", help="post poses to a running service and save its answer")
+    service = argparse.ArgumentParser(add_help=False)
+    service.add_argument("--url", default="http://127.0.0.1:8000")
+    service.add_argument("--key", default=os.environ.get("REPOSER_KEY"), help="API key; default: $REPOSER_KEY")
+    help_text = "post poses to a running service and save its answer"
+    repose = commands.add_parser("repose", parents=[service], help=help_text)
     repose.add_argument("avatar", help="id of the avatar")
     repose.add_argument("poses", type=Path, help=".npz (AMASS, CAPE, SMPL), .smpl or .json")
     repose.add_argument(
         "-o", "--output", type=Path, required=True, help=f"what to write, by its name: {', '.join(MEDIA_TYPES)}"
     )
-    repose.add_argument("--url", default="http://127.0.0.1:8000")
-    repose.add_argument("--key", default=os.environ.get("REPOSER_KEY"), help="API key; default: $REPOSER_KEY")
     repose.add_argument("--lod", help="preview, standard or high")
     repose.add_argument("--up-axis", choices=("y", "z"), help="up axis of the poses; AMASS has z")
     repose.add_argument("--units", choices=("m", "cm"), help="units of the translations")
@@ -57,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     repose.add_argument("--timeout", type=float, dest="timeout_s", help="seconds that the service may take")
     repose.set_defaults(run=_repose)
+
+    avatars = commands.add_parser("avatars", help="list, upload or delete the avatars of a running service")
+    actions = avatars.add_subparsers(required=True, metavar="list | upload | delete")
+    listing = actions.add_parser("list", parents=[service], help="every avatar, its state and its levels of detail")
+    listing.set_defaults(run=_avatars, act=_list)
+    upload = actions.add_parser("upload", parents=[service], help="make or replace an avatar")
+    upload.add_argument("avatar", help="id of the avatar")
+    upload.add_argument("bundle", type=Path, help="folder, .zip or .tar")
+    upload.add_argument("--only-new", action="store_true", help="refuse if there is such an avatar already")
+    upload.set_defaults(run=_avatars, act=_upload)
+    delete = actions.add_parser("delete", parents=[service], help="remove an avatar and its older versions")
+    delete.add_argument("avatar", help="id of the avatar")
+    delete.set_defaults(run=_avatars, act=_delete)
+    for action in (upload, delete):
+        action.add_argument("--if-match", metavar="DIGEST", help="refuse if the avatar is at another version")
 
     if find_spec("pydantic"):
         from service import keys
@@ -121,6 +140,31 @@ def _repose(parsed: argparse.Namespace) -> int:
     if applied.warning:
         print(f"warning: {applied.warning}", file=sys.stderr)
     return 0
+
+
+def _avatars(parsed: argparse.Namespace) -> int:
+    try:
+        with Client(parsed.url, parsed.key) as client:
+            parsed.act(client, parsed)
+    except (ClientError, OSError, ValueError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _list(client: Client, parsed: argparse.Namespace) -> None:
+    for avatar in client.avatars():
+        levels = [f"{lod} {level['vertices']} vertices" for lod, level in avatar["levels_of_detail"].items()]
+        print(f"{avatar['id']}: {', '.join([avatar['status'], *levels])}")
+
+
+def _upload(client: Client, parsed: argparse.Namespace) -> None:
+    made = client.upload(parsed.avatar, parsed.bundle, if_match=parsed.if_match, only_new=parsed.only_new)
+    print(f"{made['id']}: uploaded, digest {made['bundle_digest']}")
+
+
+def _delete(client: Client, parsed: argparse.Namespace) -> None:
+    client.delete(parsed.avatar, if_match=parsed.if_match)
+    print(f"{parsed.avatar}: deleted")
 
 
 class _Progress(tqdm):

@@ -61,6 +61,7 @@ SUBSTITUTIONS = [
     # The service of the tests is not on port 8000.
     (r"http://127\.0\.0\.1:8000", "{url}"),
     (r"\breposer repose ", "reposer repose --url {url} "),
+    (r"\breposer avatars (\w+)", r"reposer avatars \1 --url {url}"),
     (r"^make serve\b", "make serve PORT={port}"),
     # Minutes become seconds: every stage happens, little is learned.
     (r"\breposer-train train ", f"reposer-train train {SHORTER} "),

@@ -11,17 +11,21 @@ import httpx
 from numpy.typing import ArrayLike
 
 from service.client.aio_stream import AsyncStream
-from service.client.backoff import LONGEST_S, RETRIED, Backoff
+from service.client.backoff import LONGEST_S, Backoff
 from service.client.calls import (
     Applied,
+    Bundle,
     Call,
     Job,
     Poses,
     authorization,
     avatar_path,
+    delete_call,
     frames_type,
+    load_call,
     media_type_of,
     repose_call,
+    upload_call,
 )
 from service.client.errors import ConnectionLost, Refused
 from service.frames import Codec, Frame, FrameError, StreamReader
@@ -62,17 +66,45 @@ class AsyncClient:
 
     async def avatars(self) -> list[dict[str, Any]]:
         """Every avatar, its state and its levels of detail."""
-        return (await self._json("GET", Call("/avatars", {}, {}, b"")))["avatars"]
+        return (await self._json("GET", Call("/avatars")))["avatars"]
 
     async def avatar(self, avatar: str) -> dict[str, Any]:
         """Skeleton, provenance and metrics of an avatar."""
-        return await self._json("GET", Call(avatar_path(avatar), {}, {}, b""))
+        return await self._json("GET", Call(avatar_path(avatar)))
 
     async def mesh(self, avatar: str, lod: str | None = None) -> bytes:
         """The canonical mesh as .glb: the faces of every frame."""
         query = {} if lod is None else {"lod": lod}
-        async with self._answer("GET", Call(avatar_path(avatar, "mesh"), query, {}, b"")) as answer:
+        async with self._answer("GET", Call(avatar_path(avatar, "mesh"), query)) as answer:
             return await answer.aread()
+
+    async def upload(
+        self, avatar: str, bundle: Bundle, *, if_match: str | None = None, only_new: bool = False
+    ) -> dict[str, Any]:
+        """Make or replace an avatar with a folder, a .zip or .tar, or the bytes of one."""
+        # Off the loop: to read and pack a large bundle takes a while.
+        call = await asyncio.to_thread(upload_call, avatar, bundle, if_match, only_new)
+        return await self._json("PUT", call)
+
+    async def delete(self, avatar: str, *, if_match: str | None = None) -> None:
+        """Remove an avatar and its older versions."""
+        await self._done("DELETE", delete_call(avatar, if_match))
+
+    async def versions(self, avatar: str) -> list[dict[str, Any]]:
+        """The version that is served, with `replaced_at` None, and those it replaced, latest first."""
+        return (await self._json("GET", Call(avatar_path(avatar, "versions"))))["versions"]
+
+    async def load(self, avatar: str, version: str | None = None, *, if_match: str | None = None) -> dict[str, Any]:
+        """Load an avatar into memory, with `version` an older one."""
+        return await self._json("POST", load_call(avatar, version, if_match))
+
+    async def unload(self, avatar: str) -> None:
+        """Drop an avatar from memory; the next request loads it again."""
+        await self._done("POST", Call(avatar_path(avatar, "unload")))
+
+    async def info(self) -> dict[str, Any]:
+        """Version, device and limits of the service."""
+        return await self._json("GET", Call("/info"))
 
     async def repose(
         self,
@@ -121,14 +153,17 @@ class AsyncClient:
         call = repose_call(avatar, poses, translations, media_type_of(path), options, "jobs")
         return Job.read(await self._json("POST", call))
 
+    async def jobs(self) -> list[Job]:
+        """The jobs of this key, those asked for last first."""
+        return [Job.read(job) for job in (await self._json("GET", Call("/jobs")))["jobs"]]
+
     async def job(self, job_id: str) -> Job:
         """How far a job is."""
-        return Job.read(await self._json("GET", Call(f"/jobs/{job_id}", {}, {}, b"")))
+        return Job.read(await self._json("GET", Call(f"/jobs/{job_id}")))
 
     async def cancel(self, job_id: str) -> None:
         """Stop a job, or remove one that has ended."""
-        async with self._answer("DELETE", Call(f"/jobs/{job_id}", {}, {}, b"")):
-            pass
+        await self._done("DELETE", Call(f"/jobs/{job_id}"))
 
     async def fetch(
         self, job_id: str, path: Path | str, *, progress: Callable[[int, int | None], None] | None = None
@@ -146,7 +181,7 @@ class AsyncClient:
             if progress:
                 progress(job.frames_done, job.frames)
             await self._sleep(polls.wait_s() or LONGEST_S)
-        return await self._save("GET", Call(f"/jobs/{job_id}/result", {}, {}, b""), Path(path), None)
+        return await self._save("GET", Call(f"/jobs/{job_id}/result"), Path(path), None)
 
     def stream(self, avatar: str, mode: str = "live", *, codec: Codec = "q16", **options: Any) -> AsyncStream:
         """A stream of poses and frames over a WebSocket; `async with client.stream(...) as stream:`."""
@@ -156,6 +191,10 @@ class AsyncClient:
         async with self._answer(method, call) as answer:
             await answer.aread()
             return answer.json()
+
+    async def _done(self, method: str, call: Call) -> None:
+        async with self._answer(method, call):
+            pass
 
     async def _save(
         self, method: str, call: Call, path: Path, progress: Callable[[int, int | None], None] | None
@@ -182,7 +221,11 @@ class AsyncClient:
         backoff = Backoff(self._retries)
         while True:
             request = self._http.build_request(
-                method, call.path, params=call.query, headers=call.headers, content=call.body or None
+                method,
+                call.path,
+                params=call.query,
+                headers=call.sent_headers,
+                content=_pieces(call) if call.body else None,
             )
             try:
                 answer = await self._http.send(request, stream=True)
@@ -203,7 +246,12 @@ class AsyncClient:
                 raise ConnectionLost(f"{self._url}: {error}") from error
             finally:
                 await answer.aclose()
-            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in RETRIED else None
+            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in call.retried else None
             if wait_s is None:
                 raise Refused.read(answer.status_code, body)
             await self._sleep(wait_s)
+
+
+async def _pieces(call: Call) -> AsyncIterator[bytes]:
+    for piece in call.pieces():
+        yield piece

@@ -2,7 +2,9 @@
 
 import io
 import os
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,10 +12,13 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import ArrayLike
 
+from service.client.backoff import RETRIED
 from service.frames import MEDIA_TYPE, Codec
 
 Poses = ArrayLike | os.PathLike[str] | str
 """An array in any shape the service takes, or the path of an .npz, .smpl or .json file."""
+Bundle = os.PathLike[str] | str | bytes
+"""The path of a folder, .zip or .tar; or the bytes of a zip or tar."""
 
 MEDIA_TYPES = {
     ".frames": MEDIA_TYPE,
@@ -33,6 +38,8 @@ MEDIA_TYPES = {
 }
 """Suffix of a file -> what to ask for."""
 _BODY_TYPES = {".npz": "application/x-npz", ".smpl": "application/x-npz", ".json": "application/json"}
+_BUNDLE_TYPES = {".zip": "application/zip", ".tar": "application/x-tar"}
+_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,18 @@ class Job:
     frames: int
     frames_done: int
     error: str | None
+    avatar: str
 
     @classmethod
     def read(cls, answer: dict[str, Any]) -> "Job":
-        return cls(answer["id"], answer["state"], answer["frames"], answer["frames_done"], answer.get("error"))
+        return cls(
+            answer["id"],
+            answer["state"],
+            answer["frames"],
+            answer["frames_done"],
+            answer.get("error"),
+            answer["avatar"],
+        )
 
     @property
     def ended(self) -> bool:
@@ -83,9 +98,21 @@ class Call:
     """One request."""
 
     path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    body: bytes
+    query: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    retried: tuple[int, ...] = RETRIED
+    """Statuses after which it is safe to send it again."""
+
+    @property
+    def sent_headers(self) -> dict[str, str]:
+        # Said here because httpx cannot see the length of what comes in pieces.
+        return self.headers | ({"Content-Length": str(len(self.body))} if self.body else {})
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body.  The timeout for sending is one for each piece, and a large bundle takes longer than that."""
+        for start in range(0, len(self.body), _PIECE_BYTES):
+            yield self.body[start : start + _PIECE_BYTES]
 
 
 def media_type_of(path: Path | str) -> str:
@@ -144,6 +171,57 @@ def repose_call(
     headers = {"Content-Type": kind, "Accept": accept}
     headers |= {} if timeout_s is None else {"Request-Timeout": str(timeout_s)}
     return Call(avatar_path(avatar, resource), query, headers, body)
+
+
+def upload_call(avatar: str, bundle: Bundle, if_match: str | None, only_new: bool) -> Call:
+    """`PUT /avatars/{id}`.
+
+    Raises:
+        OSError: the bundle cannot be read.
+        ValueError: it is a file whose name ends with none of .zip, .tar.
+    """
+    if isinstance(bundle, bytes):
+        kind, body = _BUNDLE_TYPES[".zip" if bundle.startswith(b"PK") else ".tar"], bundle
+    elif (path := Path(bundle)).is_dir():
+        kind, body = _BUNDLE_TYPES[".tar"], _tar_of(path)
+    elif path.exists() and path.suffix not in _BUNDLE_TYPES:
+        raise ValueError(f"expected a folder, .zip or .tar, got {path.name}")
+    else:
+        body, kind = path.read_bytes(), _BUNDLE_TYPES[path.suffix]
+    headers = {"Content-Type": kind} | _believed(if_match) | ({"If-None-Match": "*"} if only_new else {})
+    return Call(avatar_path(avatar), headers=headers, body=body)
+
+
+def delete_call(avatar: str, if_match: str | None) -> Call:
+    """`DELETE /avatars/{id}`."""
+    return Call(avatar_path(avatar), headers=_believed(if_match))
+
+
+def load_call(avatar: str, version: str | None, if_match: str | None) -> Call:
+    """`POST /avatars/{id}/load`."""
+    path = avatar_path(avatar, "load")
+    if version is None:
+        return Call(path, headers=_believed(if_match))
+    # After 503 it may be served already and only not fit into memory.  Then it is no older version any more: 404.
+    return Call(path, {"version": version}, _believed(if_match), retried=(429,))
+
+
+def _believed(digest: str | None) -> dict[str, str]:
+    """`If-Match`; the digest may also come as the ETag that it is, or be `*`."""
+    if digest is None:
+        return {}
+    return {"If-Match": digest if digest == "*" or digest.startswith('"') else f'"{digest}"'}
+
+
+def _tar_of(folder: Path) -> bytes:
+    """The files of a folder, at the top: then the folder may have another name than the avatar."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for path in sorted(folder.iterdir()):
+            member, data = tarfile.TarInfo(path.name), path.read_bytes()
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return packed.getvalue()
 
 
 def avatar_path(avatar: str, *rest: str) -> str:

@@ -10,17 +10,21 @@ from typing import Any, Self
 import httpx
 from numpy.typing import ArrayLike
 
-from service.client.backoff import LONGEST_S, RETRIED, Backoff
+from service.client.backoff import LONGEST_S, Backoff
 from service.client.calls import (
     Applied,
+    Bundle,
     Call,
     Job,
     Poses,
     authorization,
     avatar_path,
+    delete_call,
     frames_type,
+    load_call,
     media_type_of,
     repose_call,
+    upload_call,
 )
 from service.client.errors import ConnectionLost, Refused
 from service.client.sync_stream import Stream
@@ -64,17 +68,64 @@ class Client:
 
     def avatars(self) -> list[dict[str, Any]]:
         """Every avatar, its state and its levels of detail."""
-        return self._json("GET", Call("/avatars", {}, {}, b""))["avatars"]
+        return self._json("GET", Call("/avatars"))["avatars"]
 
     def avatar(self, avatar: str) -> dict[str, Any]:
         """Skeleton, provenance and metrics of an avatar."""
-        return self._json("GET", Call(avatar_path(avatar), {}, {}, b""))
+        return self._json("GET", Call(avatar_path(avatar)))
 
     def mesh(self, avatar: str, lod: str | None = None) -> bytes:
         """The canonical mesh as .glb: the faces of every frame."""
         query = {} if lod is None else {"lod": lod}
-        with self._answer("GET", Call(avatar_path(avatar, "mesh"), query, {}, b"")) as answer:
+        with self._answer("GET", Call(avatar_path(avatar, "mesh"), query)) as answer:
             return answer.read()
+
+    def upload(
+        self, avatar: str, bundle: Bundle, *, if_match: str | None = None, only_new: bool = False
+    ) -> dict[str, Any]:
+        """Make or replace an avatar; what `avatar` says of it then.
+
+        A broken connection is `ConnectionLost` and not tried again: `versions` says whether the upload came through.
+
+        Args:
+            bundle: a folder, a .zip or .tar, or the bytes of one; held in memory.
+            if_match: `bundle_digest` that the avatar must still have; with another one it is `Refused` with 412.
+            only_new: `Refused` with 412 if there is such an avatar already.
+
+        Raises:
+            ValueError, OSError: the name is that of no archive; the bundle cannot be read.
+        """
+        return self._json("PUT", upload_call(avatar, bundle, if_match, only_new))
+
+    def delete(self, avatar: str, *, if_match: str | None = None) -> None:
+        """Remove an avatar and its older versions.
+
+        After `ConnectionLost` it may be gone: to delete it again is then `Refused` with 404.
+        """
+        self._done("DELETE", delete_call(avatar, if_match))
+
+    def versions(self, avatar: str) -> list[dict[str, Any]]:
+        """The version that is served, with `replaced_at` None, and those it replaced, latest first."""
+        return self._json("GET", Call(avatar_path(avatar, "versions")))["versions"]
+
+    def load(self, avatar: str, version: str | None = None, *, if_match: str | None = None) -> dict[str, Any]:
+        """Load an avatar into memory; what `avatar` says of it.
+
+        With `version`, 503 is not tried again: it may be served already and only not be in memory.
+
+        Args:
+            version: digest of one of `versions` to go back to first.
+            if_match: for going back, as for `upload`.
+        """
+        return self._json("POST", load_call(avatar, version, if_match))
+
+    def unload(self, avatar: str) -> None:
+        """Drop an avatar from memory; the next request loads it again."""
+        self._done("POST", Call(avatar_path(avatar, "unload")))
+
+    def info(self) -> dict[str, Any]:
+        """Version, device and limits of the service."""
+        return self._json("GET", Call("/info"))
 
     def repose(
         self,
@@ -135,14 +186,17 @@ class Client:
         call = repose_call(avatar, poses, translations, media_type_of(path), options, "jobs")
         return Job.read(self._json("POST", call))
 
+    def jobs(self) -> list[Job]:
+        """The jobs of this key, those asked for last first; a key of the admin plane sees all."""
+        return [Job.read(job) for job in self._json("GET", Call("/jobs"))["jobs"]]
+
     def job(self, job_id: str) -> Job:
         """How far a job is."""
-        return Job.read(self._json("GET", Call(f"/jobs/{job_id}", {}, {}, b"")))
+        return Job.read(self._json("GET", Call(f"/jobs/{job_id}")))
 
     def cancel(self, job_id: str) -> None:
         """Stop a job, or remove one that has ended."""
-        with self._answer("DELETE", Call(f"/jobs/{job_id}", {}, {}, b"")):
-            pass
+        self._done("DELETE", Call(f"/jobs/{job_id}"))
 
     def fetch(
         self, job_id: str, path: Path | str, *, progress: Callable[[int, int | None], None] | None = None
@@ -160,7 +214,7 @@ class Client:
             if progress:
                 progress(job.frames_done, job.frames)
             self._sleep(polls.wait_s() or LONGEST_S)
-        return self._save("GET", Call(f"/jobs/{job_id}/result", {}, {}, b""), Path(path), None)
+        return self._save("GET", Call(f"/jobs/{job_id}/result"), Path(path), None)
 
     def stream(self, avatar: str, mode: str = "live", *, codec: Codec = "q16", **options: Any) -> Stream:
         """A stream of poses and frames over a WebSocket; `with client.stream(...) as stream:`.
@@ -175,6 +229,10 @@ class Client:
         with self._answer(method, call) as answer:
             answer.read()
             return answer.json()
+
+    def _done(self, method: str, call: Call) -> None:
+        with self._answer(method, call):
+            pass
 
     def _save(self, method: str, call: Call, path: Path, progress: Callable[[int, int | None], None] | None) -> Applied:
         # A broken answer must not look like a file.
@@ -199,7 +257,11 @@ class Client:
         backoff = Backoff(self._retries)
         while True:
             request = self._http.build_request(
-                method, call.path, params=call.query, headers=call.headers, content=call.body or None
+                method,
+                call.path,
+                params=call.query,
+                headers=call.sent_headers,
+                content=call.pieces() if call.body else None,
             )
             try:
                 answer = self._http.send(request, stream=True)
@@ -220,7 +282,7 @@ class Client:
                 raise ConnectionLost(f"{self._url}: {error}") from error
             finally:
                 answer.close()
-            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in RETRIED else None
+            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in call.retried else None
             if wait_s is None:
                 raise Refused.read(answer.status_code, body)
             self._sleep(wait_s)

@@ -245,8 +245,11 @@ def test_the_time_that_the_service_is_given_travels_as_a_header_and_options_as_t
     ]
 
 
+A_JOB = {"id": "f00", "avatar": "open", "frames": 9}
+
+
 def job(state: str, done: int = 0, **more: Any) -> httpx.Response:
-    return httpx.Response(200, json={"id": "f00", "state": state, "frames": 9, "frames_done": done} | more)
+    return httpx.Response(200, json=A_JOB | {"state": state, "frames_done": done} | more)
 
 
 @both
@@ -281,11 +284,13 @@ async def test_a_job_of_the_real_service(serve: Any, tmp_path: Path) -> None:
     ):
         job = await client.submit("tiny", np.zeros((5, 72)), "still.npz")
         assert (await client.submit("tiny", np.zeros((5, 72)), "other.npz")).id == job.id
+        assert [(each.id, each.avatar) for each in await client.jobs()] == [(job.id, "tiny")]
         applied = await client.fetch(job.id, tmp_path / "still.npz")
         assert (applied.frames, applied.vertices) == (5, 368)
         await client.cancel(job.id)
         with pytest.raises(Refused, match="404"):
             await client.job(job.id)
+        assert await client.jobs() == []
     with np.load(tmp_path / "still.npz", allow_pickle=False) as arrays:
         assert arrays["vertices"].shape == (5, 368, 3)
 

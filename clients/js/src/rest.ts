@@ -1,5 +1,6 @@
 /** The REST half of the service. */
 import { decodeStream, type Codec, type Frame } from "./frames.js";
+import type { Rotation } from "./poses.js";
 import { Problem } from "./problem.js";
 import { AvatarStream, type StreamHandlers, type StreamOptions } from "./stream.js";
 
@@ -34,6 +35,8 @@ export interface PoseSequence {
   fps?: number;
   up_axis?: "y" | "z";
   units?: "m" | "cm";
+  rotation?: Rotation;
+  frame?: "world" | "camera";
 }
 
 export interface ReposeOptions {
@@ -41,7 +44,16 @@ export interface ReposeOptions {
   /** Of the posted poses; AMASS has z. */
   upAxis?: "y" | "z";
   units?: "m" | "cm";
+  /** `camera`: the posted poses have y down and z away, as estimators do. */
+  frame?: "world" | "camera";
+  /** What the poses hold; needed where their shape does not say it. */
+  rotation?: Rotation;
+  /** Take the nearest rotation where a matrix, quaternion or 6d is none, instead of refusing it. */
+  normalize?: boolean;
+  /** Frames a second of the posted poses. */
   fps?: number;
+  /** Resample to this rate; not together with `every`. */
+  targetFps?: number;
   /** Use each n-th frame only. */
   every?: number;
   signal?: AbortSignal;
@@ -92,9 +104,10 @@ export class Reposer {
     accept: string,
     options: ReposeOptions = {},
   ): Promise<Response> {
-    const { signal, upAxis, ...query } = options;
+    const { signal, upAxis, targetFps, ...rest } = options;
+    const query = search({ ...rest, up_axis: upAxis, target_fps: targetFps });
     const binary = poses instanceof Blob || poses instanceof ArrayBuffer || poses instanceof Uint8Array;
-    return this.request(`avatars/${encodeURIComponent(id)}/repose?${search({ ...query, up_axis: upAxis })}`, {
+    return this.request(`avatars/${encodeURIComponent(id)}/repose?${query}`, {
       method: "POST",
       headers: { Accept: accept, "Content-Type": binary ? "application/x-npz" : "application/json" },
       body: binary ? poses : JSON.stringify(poses),
