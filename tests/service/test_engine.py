@@ -151,3 +151,22 @@ def test_what_onnx_runtime_raises_becomes_our_error(make_graph: Callable[..., by
         OnnxEngine(make_graph(), threads=1).repose(vertices, bones[:, :23], roots)
     with pytest.raises(AvatarUnavailable):
         OnnxEngine(b"no graph", threads=1)
+
+
+def test_fault_28_a_gpu_that_does_not_start_is_said(
+    make_graph: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime says nothing: it gives a session on the CPU."""
+    session = engines.ort.InferenceSession
+    monkeypatch.setattr(
+        engines.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(
+        engines.ort, "InferenceSession", lambda graph, options, providers: session(graph, options, providers[-1:])
+    )
+    engine = OnnxEngine(make_graph())
+    assert (engine.device, engine.provider) == ("cpu", "CPUExecutionProvider")
+    assert "running on the CPU" in caplog.text
+    caplog.clear()
+    assert OnnxEngine(make_graph(), cpu_only=True).device == "cpu"
+    assert not caplog.records  # nobody asked for one
