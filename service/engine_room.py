@@ -30,6 +30,7 @@ from service.errors import (
     OutOfMemory,
     OutputInvalid,
     Overloaded,
+    Rebuilding,
 )
 from service.metrics import Metrics
 from service.poses import PoseSequence
@@ -47,7 +48,7 @@ be woken by it, takes a tenth of that, and on a virtual machine now and then as 
 INLINE_PART = 0.25
 """Of the event loop's time that may go into that."""
 REBUILD_S = 2.0
-"""About how long it takes to make a new engine; meanwhile what is asked of it is refused."""
+"""About how long it takes to make a new engine; whoever comes meanwhile is refused, who was there before waits."""
 REBUILD_INTERVAL_S = 30.0
 """An engine that has to be rebuilt twice within this time is given up."""
 
@@ -129,11 +130,13 @@ class EngineRoom:
 
         Raises:
             LodNotFound: the avatar has no such level of detail.
-            Overloaded: too much waits already.
+            Overloaded: too much waits already, or the engine is being rebuilt.
             DeadlinePassed: it was not computed in time.
             EngineFailed, OutputInvalid, AvatarUnavailable: it cannot be computed.
         """
         avatar.mesh(lod)
+        if live:
+            self._check_engine(avatar)
         if live and self._queue.live_seconds() > self._settings.live_queue_ms / 1000:
             self._metrics.refused("overloaded")
             raise Overloaded("too many live frames wait")
@@ -173,6 +176,8 @@ class EngineRoom:
             As `repose`; Overloaded only before the first batch.
         """
         start = 0
+        if not in_background:
+            self._check_engine(avatar)
         order = avatar, lod, len(poses)
         with nullcontext(Sequence(*order)) if in_background else self._sequences.admitted(*order) as sequence:
             pieces = self._pieces(avatar, lod, poses, False, deadline, sequence, in_background)
@@ -192,6 +197,7 @@ class EngineRoom:
         Raises:
             AvatarServiceError: it does not come, or not within seconds, or it is not finite.
         """
+        self._check_engine(avatar)
         still = PoseSequence(*still_pose(), 30.0, "y", "m", "matrix")
         deadline = time.monotonic() + CHECK_TIMEOUT_S
         async for _ in self._pieces(avatar, avatar.smallest_lod, still, True, deadline, object()):
@@ -203,7 +209,13 @@ class EngineRoom:
         Raises:
             Overloaded: it would not.
         """
+        self._check_engine(avatar)
         self._sequences.check(avatar, lod, frames)
+
+    def _check_engine(self, avatar: Avatar) -> None:
+        if avatar.rebuilding:
+            self._metrics.refused(Rebuilding.code)
+            raise Rebuilding(f"the engine of {avatar.id} is being rebuilt", REBUILD_S)
 
     # Cutting and waiting.
 
@@ -236,8 +248,6 @@ class EngineRoom:
     def _submit(self, work: Work) -> Work:
         if work.avatar.spoilt:
             raise AvatarUnavailable(f"the engine of {work.avatar.id} failed")
-        if work.avatar.rebuilding:
-            raise AvatarUnavailable(f"the engine of {work.avatar.id} is being rebuilt", retry_after_s=REBUILD_S)
         self._queue.add(work)
         self._wake.set()
         return work

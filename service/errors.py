@@ -89,6 +89,12 @@ class Overloaded(AvatarServiceError):
         super().__init__(detail, {"Retry-After": str(seconds)}, retry_after_s=seconds)
 
 
+class Rebuilding(Overloaded):
+    """A fault has spoilt the avatar's engine, and a new one is being made."""
+
+    code, title = "engine-rebuilding", "The avatar's engine is being rebuilt"
+
+
 class Draining(AvatarServiceError):
     """The process is about to end and takes no new work."""
 

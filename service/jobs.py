@@ -7,7 +7,9 @@ that is lost, or comes twice, does no harm: a job is found by looking, and is wo
 import asyncio
 import hashlib
 import logging
+import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -159,7 +161,7 @@ class Jobs:
                     doing.cancel()
                     await asyncio.wait([doing])
                 elif not doing.done():
-                    claim.touch()
+                    os.utime(claim)  # which is not there any more where the job was removed, and asked for again
                     job.state, job.frames_done = "running", times.frames
                     await to_thread.run_sync(self.store.save, job)
             await self._end(job, doing)
@@ -204,7 +206,8 @@ class Jobs:
 
     async def _write(self, job_id: str, order: Order, times: Times) -> int:
         result = self.store.result(job_id)
-        part = result.with_name("result.part")
+        # Of its own name: who was given up for dead may still write.
+        part = result.with_name(f"result.{uuid.uuid4().hex}.part")
         size = unaccounted = 0
         try:
             with part.open("wb") as file:

@@ -23,6 +23,10 @@ PROBES = ("/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready
 """Answered to the end, neither counted nor logged."""
 
 
+GONE = 499
+"""What nginx calls a client that has gone before its answer."""
+
+
 class Lifecycle:
     """Whether new work is taken, and what is still to be finished."""
 
@@ -60,12 +64,18 @@ class Traffic:
         error = self._refusal(scope)
         if scope["type"] == "websocket":
             return await self._stream(scope, receive, send, error)
-        began, status = time.monotonic(), 499  # what nginx calls a client that has gone
+        began, status, gone = time.monotonic(), GONE, False
+
+        async def heard() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = GONE if gone else message["status"]
                 return await send(message)
             sending = time.monotonic()
             await send(message)
@@ -74,7 +84,10 @@ class Traffic:
         # Those that are refused are in nobody's way: neither counted, nor waited for in the end.
         self._lifecycle.in_flight += error is None
         try:
-            return await (refuse(scope, receive, answer, error) if error else self._app(scope, receive, answer))
+            return await (refuse(scope, heard, answer, error) if error else self._app(scope, heard, answer))
+        except Exception:
+            status = 500  # what is answered further out, if nothing has been yet
+            raise
         finally:
             self._lifecycle.in_flight -= error is None
             seconds = time.monotonic() - began

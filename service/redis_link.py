@@ -39,6 +39,8 @@ class RedisLink:
         )  # fmt: skip
         self._redis = Redis(connection_pool=pool)
         self._failures = 0
+        self._slow_s = 0.0
+        """When the last slow call that counts was over."""
         self._recovery: asyncio.Task[None] | None = None
         self.attempts = 0
         """Calls that reached for the network."""
@@ -68,11 +70,13 @@ class RedisLink:
         except (RedisError, OSError) as error:
             self._failed(f"{type(error).__name__} {error}", FAILURES_TO_OPEN if isinstance(error, TimeoutError) else 1)
             raise RedisDown("Redis does not answer") from error
+        ended = time.monotonic()
         # What may take longer is waited for by nobody.
-        if timeout_s is None and time.monotonic() - began > SLOW * self._timeout_s:
-            self._failed("slow")
-        else:
+        if timeout_s is not None or ended - began <= SLOW * self._timeout_s:
             self._failures = 0
+        elif began >= self._slow_s:  # else whatever held up another one may have held up this one too
+            self._slow_s = ended
+            self._failed("slow")
         return answer
 
     def _failed(self, why: str, failures: int = 1) -> None:

@@ -23,6 +23,7 @@ from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service import answers
@@ -128,7 +129,8 @@ class Reposing:
         try:
             # A file that leaves as a whole has no bytes before it is made; until then it can fail with a status.
             while not (first := await anext(source)):
-                pass
+                if await request.is_disconnected():
+                    raise ClientDisconnect
         except BaseException:
             await source.aclose()
             raise

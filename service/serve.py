@@ -5,12 +5,15 @@ over the process starts a new one.  Either way it drains first, and is gone with
 """
 
 import asyncio
+import fcntl
 import gc
 import logging
 import os
 import socket
 import sys
+import termios
 import threading
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -87,20 +90,32 @@ class HttpProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """There is more for the client than it takes."""
         super().pause_writing()
-        self._look_later()
+        self._look_later(self._bytes_left())
 
     def resume_writing(self) -> None:
         """It has taken most of it."""
         super().resume_writing()
         self._look_no_more()
 
+    def on_response_complete(self) -> None:
+        """All of an answer is written; a last bit of it may still be here."""
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._look_later(self._bytes_left())
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """From here on, the connection is another protocol's."""
+        self._look_no_more()
+        super().handle_websocket_upgrade(event)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone, or was cut off."""
         self._look_no_more()
         super().connection_lost(exc)
 
-    def _look_later(self) -> None:
-        self._left_bytes = self.transport.get_write_buffer_size()
+    def _look_later(self, left_bytes: int) -> None:
+        self._look_no_more()
+        self._left_bytes = left_bytes
         self._look = self.loop.call_later(self._send_idle_s, self._look_again)
 
     def _look_no_more(self) -> None:
@@ -108,11 +123,22 @@ class HttpProtocol(H11Protocol):
             self._look.cancel()
 
     def _look_again(self) -> None:
-        if self.transport.get_write_buffer_size() < self._left_bytes:
-            self._look_later()
-        else:
+        left_bytes = self._bytes_left()
+        if 0 < left_bytes < self._left_bytes:
+            self._look_later(left_bytes)
+        elif left_bytes:
             log.info("a client that takes nothing is cut off")
             self.transport.abort()
+
+    def _bytes_left(self) -> int:
+        """What the client has not acknowledged: what lies here, and, where the kernel tells, in its buffers.  Those
+        of megabytes; for a slow client, what lies here stays as it is for minutes."""
+        left = self.transport.get_write_buffer_size()
+        if sys.platform == "linux":
+            with suppress(OSError, ValueError):
+                unsent = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+                left += int.from_bytes(unsent, sys.byteorder)
+        return left
 
 
 class Connection(h11.Connection):

@@ -52,7 +52,8 @@ def health_routes(
         async with lock:
             rebuilding = any(avatar.rebuilding for avatar in store.loaded())
             if rebuilding or time.monotonic() - last_success_s >= settings.readiness_interval_s:
-                await _check_one(store, room)
+                # Meanwhile no other avatar is loaded: it would drive out the one that is seen to.
+                await _check_one(room, store, [] if rebuilding else list(await store.entries()))
                 last_success_s = time.monotonic()
         return Health(status="ready")
 
@@ -110,9 +111,10 @@ _SHOWN = (
 )
 
 
-async def _check_one(store: AvatarStore, room: EngineRoom) -> None:
+async def _check_one(room: EngineRoom, store: AvatarStore, others: list[str]) -> None:
+    """That one avatar can be reposed: of those in memory, then of the others."""
     failure: AvatarServiceError | None = None
-    for avatar_id in dict.fromkeys([avatar.id for avatar in store.loaded()] + list(await store.entries())):
+    for avatar_id in dict.fromkeys([avatar.id for avatar in store.loaded()] + others):
         try:
             async with store.lease(avatar_id) as avatar:
                 return await room.check(avatar)

@@ -25,6 +25,7 @@ from service.errors import (
     OutOfMemory,
     OutputInvalid,
     Overloaded,
+    Rebuilding,
 )
 from service.metrics import Metrics
 from service.poses import PoseSequence
@@ -514,13 +515,21 @@ async def test_fault_26_while_an_engine_is_rebuilt_nobody_waits_for_it(bundle_di
         spoiling = asyncio.create_task(live(room, avatar, 13))
         await until(lambda: avatar.rebuilding)
         computed = len(world.threads)
-        for refused in (live(room, avatar, 4), room.check(avatar), several(room, avatar, 4, 3)):
-            with pytest.raises(AvatarUnavailable, match="rebuilt") as error:
+        for refused in (
+            live(room, avatar, 4),
+            room.check(avatar),
+            frames_of(room.sequence(avatar, "standard", walk(3))),
+        ):
+            with pytest.raises(Rebuilding) as error:
                 await asyncio.wait_for(refused, 10)
             assert error.value.headers["Retry-After"] == "2"
         assert len(world.threads) == computed
+        waits = asyncio.create_task(several(room, avatar, 4, 3))  # the next part of what was there before
+        await asyncio.sleep(0.05)
         assert not spoiling.done()
+        assert not waits.done()
         may_go_on.set()
+        assert await waits == [4, 5, 6]
         with pytest.raises(EngineFailed):
             await spoiling
         assert not avatar.rebuilding

@@ -197,6 +197,17 @@ async def test_fault_20_who_goes_before_the_answer_is_written_down_as_499(
         assert (await samples(client))["reposer_http_seconds_count:499"] == 1
 
 
+async def test_a_fault_of_ours_is_written_down_as_500(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as client:
+        monkeypatch.setattr(client.app.state.reposing, "answer", lambda *_: 1 / 0)
+        with caplog.at_level("INFO", "service.access"):
+            assert (await client.post(URL, json=POSES)).status_code == 500
+        assert [vars(record)["status"] for record in caplog.records if record.name == "service.access"] == [500]
+        assert (await samples(client))["reposer_http_seconds_count:500"] == 1
+
+
 async def test_fault_20_a_request_whose_client_has_gone_frees_its_place(serve: Any) -> None:
     async with serve() as client:
         for _ in range(20):

@@ -1,5 +1,6 @@
 """`POST /avatars/{id}/repose`: the same motion is the same surface, and every bad request its own problem."""
 
+import asyncio
 import errno
 import io
 import json
@@ -411,6 +412,32 @@ async def test_a_file_that_cannot_be_finished_is_refused_and_not_broken_off(
         engine.batches.clear()
         answer = await post_npz(client, accept=GLB, **motion)
         assert (answer.status_code, answer.json()["code"]) == (500, "model-output-invalid")
+
+
+async def test_fault_20_a_file_is_made_for_nobody_who_has_gone(
+    serve: Any, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(make_engine=lambda _: engine, batch_vertex_frames=1) as client:
+        computed = len(engine.batches)
+        messages = [{"type": "http.request", "body": npz(poses=np.zeros((200, 72), np.float32))}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            while len(engine.batches) - computed <= 5:
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None: ...
+
+        headers = [(b"content-type", b"application/x-npz"), (b"accept", GLB.encode())]
+        scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "headers": headers}
+        scope |= {"asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "", "state": {}}
+        with caplog.at_level("INFO", "service.access"):
+            await client.app(scope, receive, send)
+        assert 5 < len(engine.batches) - computed < 50
+        assert not client.app.state.room._sequences
+        assert [vars(record)["status"] for record in caplog.records if record.name == "service.access"] == [499]
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [10, 0, 20], [400_000] * 17, [1, 3_000_000, 5], [600_000, 0]])

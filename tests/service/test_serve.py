@@ -1,5 +1,6 @@
 """The server process: it drains, it ends in time with the right status, and it says how it is meanwhile."""
 
+import asyncio
 import io
 import json
 import os
@@ -17,8 +18,10 @@ import h11
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
+from uvicorn.server import ServerState
 
 from service import scheduling, serve
 from service.frames import decode_stream
@@ -87,7 +90,9 @@ HEADERS = {"Content-Type": "application/x-npz", "Accept": "application/vnd.repos
 def stuck_client(url: str, frames: int = 10_000) -> socket.socket:
     """Asks for frames, 45 MB of them unless told otherwise, and reads none."""
     host, port = url.removeprefix("http://").split(":")
-    client = socket.create_connection((host, int(port)))
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    client.connect((host, int(port)))
     body = motion(frames)
     more = {"Content-Length": str(len(body)), "Connection": "close"}
     head = "".join(f"{name}: {value}\r\n" for name, value in (HEADERS | more).items())
@@ -139,16 +144,59 @@ def test_fault_21_a_client_that_takes_nothing_is_cut_off_and_a_slow_one_is_not(s
     _, url = start("--cpu", REPOSER_SEND_IDLE_S="1")
     wait_for(f"{url}/readyz", 200)
     with stuck_client(url, frames=2000) as slow, stuck_client(url):
-        received = b""
-        while piece := slow.recv(1 << 18):  # several seconds for what there is
+        received, slowly_until = b"", time.monotonic() + 4
+        # So slowly that nothing leaves what the server holds in all that time: its kernel holds megabytes, too.
+        while piece := slow.recv(1 << 14 if time.monotonic() < slowly_until else 1 << 20):
             received += piece
-            time.sleep(0.1)
+            time.sleep(0.1 if time.monotonic() < slowly_until else 0.0)
         assert [frame.frame for frame in decode_stream([received.partition(b"\r\n\r\n")[2]])] == list(range(2000))
         until = time.monotonic() + END_S
         while "reposer_requests_in_flight 0.0" not in HTTP.get(f"{url}/metrics").text:
             assert time.monotonic() < until
             time.sleep(0.1)
     assert (tmp_path / "log").read_text().count("is cut off") == 1
+
+
+class Transport(asyncio.Transport):
+    """A connection on which so many bytes wait."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.left, self.aborted = 0, False
+
+    def get_write_buffer_size(self) -> int:
+        return self.left
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def resume_reading(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("left", "cut_off"),
+    [([900, 900], True), ([900, 500, 500], True), ([900, 500, 100, 0], False), ([900, 0], False), ([0], False)],
+)
+async def test_fault_21_the_last_bit_of_an_answer_that_nobody_takes(
+    left: list[int], cut_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is too little for the server to wait for."""
+    config = uvicorn.Config(print, log_config=None)  # type: ignore[arg-type]
+    protocol, transport = serve.HttpProtocol(config, ServerState(), {}, send_idle_s=0.05), Transport()
+    sizes = iter(left)
+    monkeypatch.setattr(protocol, "_bytes_left", lambda: next(sizes))
+    protocol.connection_made(transport)
+    transport.left = left[0]
+    protocol.on_response_complete()
+    await asyncio.sleep(0.4)
+    assert transport.aborted == cut_off
+    protocol.connection_lost(None)
 
 
 def test_clients_that_leave_a_cached_answer_leave_nothing_behind(start: Start) -> None:
