@@ -86,7 +86,7 @@ class Traffic:
         try:
             return await (refuse(scope, heard, answer, error) if error else self._app(scope, heard, answer))
         except Exception:
-            status = 500  # what is answered further out, if nothing has been yet
+            status = 500  # what is answered further out; or an answer was broken off, whatever it began with
             raise
         finally:
             self._lifecycle.in_flight -= error is None

@@ -97,10 +97,18 @@ class HttpProtocol(H11Protocol):
         super().resume_writing()
         self._look_no_more()
 
+    def data_received(self, data: bytes) -> None:
+        """It asks for more, so what is left grows again; unless it is waited for, and nothing is written."""
+        if not self.flow.write_paused:
+            self._look_no_more()
+        super().data_received(data)
+
     def on_response_complete(self) -> None:
         """All of an answer is written; a last bit of it may still be here."""
         super().on_response_complete()
-        if self.transport.get_write_buffer_size():
+        # Unless what the client had sent already has begun another answer, or a stream.
+        ended = self.cycle is None or self.cycle.response_complete
+        if ended and self.transport.get_protocol() is self and self.transport.get_write_buffer_size():
             self._look_later(self._bytes_left())
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import h11
 import httpx
@@ -21,6 +22,7 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from service import scheduling, serve
@@ -167,6 +169,12 @@ class Transport(asyncio.Transport):
     def get_write_buffer_size(self) -> int:
         return self.left
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self.protocol
+
     def is_closing(self) -> bool:
         return self.aborted
 
@@ -191,12 +199,44 @@ async def test_fault_21_the_last_bit_of_an_answer_that_nobody_takes(
     protocol, transport = serve.HttpProtocol(config, ServerState(), {}, send_idle_s=0.05), Transport()
     sizes = iter(left)
     monkeypatch.setattr(protocol, "_bytes_left", lambda: next(sizes))
+    transport.set_protocol(protocol)
     protocol.connection_made(transport)
     transport.left = left[0]
     protocol.on_response_complete()
     await asyncio.sleep(0.4)
     assert transport.aborted == cut_off
     protocol.connection_lost(None)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("then", ["another request", "a request it had sent before", "a stream", "nothing"])
+async def test_what_comes_after_an_answer_is_not_taken_for_its_rest(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = uvicorn.Config(print, log_config=None)
+    protocol, transport = serve.HttpProtocol(config, ServerState(), {}, send_idle_s=0.05), Transport()
+    monkeypatch.setattr(protocol, "_bytes_left", lambda: 900)  # of one answer or of the next
+    transport.set_protocol(protocol)
+    protocol.connection_made(transport)
+    transport.left = 900
+
+    def begin(_: Any = None) -> None:
+        if then == "a stream":
+            transport.set_protocol(asyncio.Protocol())
+        elif then == "a request it had sent before":
+            protocol.cycle = Mock(response_complete=False)
+
+    monkeypatch.setattr(H11Protocol, "on_response_complete", begin)
+    monkeypatch.setattr(H11Protocol, "data_received", lambda *_: None)
+    protocol.on_response_complete()
+    if then == "another request":
+        protocol.data_received(b"GET")
+    await asyncio.sleep(0.3)
+    assert transport.aborted == (then == "nothing")
+    # While an answer waits for the client, what it sends is no reason to wait longer.
+    transport.set_protocol(protocol)
+    protocol.pause_writing()
+    protocol.data_received(b"GET")
+    await asyncio.sleep(0.3)
+    assert transport.aborted
 
 
 def test_clients_that_leave_a_cached_answer_leave_nothing_behind(start: Start) -> None:
