@@ -104,15 +104,12 @@ class Stack:
         return int(self.docker("image", "inspect", "-f", "{{.Size}}", image)) / 1e6
 
     def up(self) -> None:
-        """Start everything, with one replica first, as docs/deployment.md says; ready is when a real frame can be had
-        through nginx."""
-        replicas, began = self.environment["REPLICAS"], time.monotonic()
-        self.environment["REPLICAS"] = "1"
+        """Start everything, on new volumes; ready is when a real frame can be had through nginx."""
+        began = time.monotonic()
         self.compose("up", "--detach", "--no-build")
         self.wait_until("ready", lambda: httpx.get(f"{self.url}/readyz").status_code == 200)
         took_s = time.monotonic() - began
         say(f"up and ready after {took_s:.1f} s (promised: {READY_S:g} s)")
-        self.environment["REPLICAS"] = replicas
         self.compose("up", "--detach", "--no-build", "--wait")
         say("every container is healthy")
 

@@ -140,8 +140,8 @@ class Uploads:
             spool.unlink()
             return await self._vet_and_serve(avatar_id, fresh)
 
-    async def go_back(self, avatar_id: str, digest: str, conditions: Conditions) -> Avatar:
-        """Serve an older version again.
+    async def go_back(self, avatar_id: str, digest: str, conditions: Conditions) -> None:
+        """Serve an older version again; nothing is to be done for the one that is served.
 
         Raises:
             VersionNotFound: it is not kept.
@@ -150,12 +150,14 @@ class Uploads:
         if not is_avatar_id(avatar_id):
             raise AvatarNotFound("there is no avatar of that name")
         async with self._changing(avatar_id, conditions), self._workplace() as place:
+            if digest == self.digest(avatar_id):
+                return
             if digest not in {version.digest for version in self._kept(avatar_id)}:
                 raise VersionNotFound(f"expected one of the versions of {avatar_id}")
             fresh = place / avatar_id
             copy = partial(shutil.copytree, self._version_folder(avatar_id, digest), fresh, copy_function=os.link)
             await to_thread.run_sync(copy)
-            return (await self._vet_and_serve(avatar_id, fresh))[0]
+            await self._vet_and_serve(avatar_id, fresh)
 
     async def delete(self, avatar_id: str, conditions: Conditions) -> None:
         """Remove an avatar and its versions.

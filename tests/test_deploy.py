@@ -57,6 +57,12 @@ def test_what_lasts_is_restarted_and_probed(name: str) -> None:
     assert "healthcheck" in SERVICES[name] or "\nHEALTHCHECK" in BUILT[name]
 
 
+@pytest.mark.parametrize("name", ["service", "service-gpu"])
+def test_replicas_do_not_fill_new_volumes_at_once(name: str) -> None:
+    assert SERVICES[name]["depends_on"] == {"new-volumes": {"condition": "service_completed_successfully"}}
+    assert SERVICES["new-volumes"]["volumes"] == SERVICES[name]["volumes"]
+
+
 @pytest.mark.parametrize("image", re.findall(r"\$\{\w*(?:IMAGE):-([^}]+)\}", (ROOT / "docker-compose.yml").read_text()))
 def test_images_have_a_version(image: str) -> None:
     tag = image.partition(":")[2]

@@ -83,6 +83,8 @@ def test_versions_are_replaced_on_condition_and_gone_back_to(run: Run, make_bund
         (second, True),
         (first, False),
     ]
+    assert run("load", "tiny", second)["bundle_digest"] == second  # it is served already
+    assert [version["digest"] for version in run("versions", "tiny")] == [second, first]
     assert run("load", "tiny", first, if_match=f'"{second}"')["bundle_digest"] == first
     assert refusal(run, "load", "tiny", "0" * 64) == (404, "version-not-found")
     run("delete", "tiny", if_match="*")
