@@ -59,7 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     repose.add_argument(
         "--normalize", action="store_true", default=None, help="take the nearest rotation of what is none"
     )
-    repose.add_argument("--timeout", type=float, dest="timeout_s", help="seconds that the service may take")
+    how = repose.add_mutually_exclusive_group()
+    how.add_argument("--timeout", type=float, dest="timeout_s", help="seconds that the service may take")
+    how.add_argument(
+        "--job",
+        action="store_true",
+        help="in the background, for what is too long for one request; the same command again takes it up",
+    )
     repose.set_defaults(run=_repose)
 
     avatars = commands.add_parser("avatars", help="list, upload or delete the avatars of a running service")
@@ -122,15 +128,20 @@ _OPTIONS = (
     "every",
     "target_fps",
     "normalize",
-    "timeout_s",
 )
 
 
 def _repose(parsed: argparse.Namespace) -> int:
+    wanted = parsed.avatar, parsed.poses, parsed.output
     options = {name: getattr(parsed, name) for name in _OPTIONS}
+    bar = _Progress(parsed.output.name, " frames" if parsed.job else "B")
     try:
-        with Client(parsed.url, parsed.key) as client, _Progress(parsed.output.name) as progress:
-            applied = client.export(parsed.avatar, parsed.poses, parsed.output, progress=progress.show, **options)
+        with Client(parsed.url, parsed.key) as client, bar:
+            if parsed.job:
+                job = client.submit(*wanted, **options)
+                applied = client.fetch(job.id, parsed.output, progress=bar.show)
+            else:
+                applied = client.export(*wanted, progress=bar.show, timeout_s=parsed.timeout_s, **options)
     except (ClientError, OSError, ValueError) as error:
         return _fail(str(error))
     print(
@@ -168,10 +179,10 @@ def _delete(client: Client, parsed: argparse.Namespace) -> None:
 
 
 class _Progress(tqdm):
-    """A bar of the bytes that have come; none where nobody watches."""
+    """A bar of what has come; none where nobody watches."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(desc=name, unit="B", unit_scale=True, leave=False, disable=None)
+    def __init__(self, name: str, unit: str) -> None:
+        super().__init__(desc=name, unit=unit, unit_scale=True, leave=False, disable=None)
 
     def show(self, done: int, total: int | None) -> None:
         self.total = total

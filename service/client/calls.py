@@ -199,11 +199,10 @@ def delete_call(avatar: str, if_match: str | None) -> Call:
 
 def load_call(avatar: str, version: str | None, if_match: str | None) -> Call:
     """`POST /avatars/{id}/load`."""
-    path = avatar_path(avatar, "load")
-    if version is None:
-        return Call(path, headers=_believed(if_match))
-    # After 503 it may be served already and only not fit into memory.  Then it is no older version any more: 404.
-    return Call(path, {"version": version}, _believed(if_match), retried=(429,))
+    query = {} if version is None else {"version": version}
+    # After 503 it may be served already and only not be in memory.  Then the avatar is not what it was believed to be.
+    retried = RETRIED if version is None or if_match is None else (429,)
+    return Call(avatar_path(avatar, "load"), query, _believed(if_match), retried=retried)
 
 
 def _believed(digest: str | None) -> dict[str, str]:

@@ -111,11 +111,10 @@ class Client:
     def load(self, avatar: str, version: str | None = None, *, if_match: str | None = None) -> dict[str, Any]:
         """Load an avatar into memory; what `avatar` says of it.
 
-        With `version`, 503 is not tried again: it may be served already and only not be in memory.
-
         Args:
             version: digest of one of `versions` to go back to first.
-            if_match: for going back, as for `upload`.
+            if_match: for going back, as for `upload`; 503 is not tried again then, as the version may have changed
+                already and only not be in memory.
         """
         return self._json("POST", load_call(avatar, version, if_match))
 

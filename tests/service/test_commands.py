@@ -117,6 +117,27 @@ def test_repose_gives_up_when_its_time_is_over(url: str, motion_file: Path, caps
         assert message in capsys.readouterr().err
 
 
+def test_repose_as_a_job_writes_the_same_file(
+    url: str, motion_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["repose", "tiny", str(motion_file), "--url", url, "--lod", "preview", "-o"]
+    outputs = [motion_file.with_name(name) for name in ("at-once.npz", "later.npz", "again.npz")]
+    assert command.main([*words, str(outputs[0])]) == 0
+    monkeypatch.setattr(sys, "stderr", watcher := Terminal())
+    for output in outputs[1:]:
+        assert command.main([*words, str(output), "--job"]) == 0
+        assert f"{output}: frames 7, vertices 184" in capsys.readouterr().out
+    assert " frames" in watcher.getvalue()
+    assert len({output.read_bytes() for output in outputs}) == 1
+    with Client(url) as client:
+        (job,) = client.jobs()  # the same command is the same job
+        assert (job.avatar, job.state, job.frames) == ("tiny", "done", 7)
+        client.cancel(job.id)
+    assert command.main([*words, str(outputs[0]), "--job", "--every", "0"]) == 1
+    with pytest.raises(SystemExit):
+        command.main([*words, str(outputs[0]), "--job", "--timeout", "1"])
+
+
 class Terminal(io.StringIO):
     """Somebody watches."""
 

@@ -131,7 +131,8 @@ def test_a_folder_travels_as_tar_and_an_archive_as_it_is(make_bundle: Any, zip_o
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_only_what_was_put_off_is_sent_again(kind: str) -> None:
-    """An upload, whole, after 503; nothing whose answer was lost; and no way back, which may have happened."""
+    """An upload, whole, after 503; nothing whose answer was lost; no way back on a condition, which may have
+    happened."""
     body, seen = bytes(600_000), []
     busy = {"status": 503, "code": "overloaded", "title": "busy"}
     replies: list[httpx.Response | Exception] = []
@@ -156,8 +157,10 @@ def test_only_what_was_put_off_is_sent_again(kind: str) -> None:
         replies.append(httpx.ReadError("gone"))
         with pytest.raises(ConnectionLost, match="gone"):
             run(*call)
+    replies += [httpx.Response(503, json=busy), httpx.Response(200, json={"id": "tiny"})]
+    assert run("load", "tiny", "f00") == {"id": "tiny"}
     replies.append(httpx.Response(503, json=busy))
-    assert refusal(run, "load", "tiny", "f00") == (503, "overloaded")
+    assert refusal(run, "load", "tiny", "f00", if_match="f01") == (503, "overloaded")
     assert not replies
 
 
