@@ -11,8 +11,8 @@ from typing import Any
 # Nothing of the server up here: `reposer repose` needs the client's dependencies only.
 from tqdm import tqdm
 
-from service.client import Client, ClientError
-from service.client.calls import MEDIA_TYPES
+from service.client import Client, ClientError, ConnectionLost
+from service.client.calls import MEDIA_TYPES, Applied
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,14 +134,14 @@ _OPTIONS = (
 def _repose(parsed: argparse.Namespace) -> int:
     wanted = parsed.avatar, parsed.poses, parsed.output
     options = {name: getattr(parsed, name) for name in _OPTIONS}
-    bar = _Progress(parsed.output.name, " frames" if parsed.job else "B")
+    unit = " frames" if parsed.job else "B"
     try:
-        with Client(parsed.url, parsed.key) as client, bar:
+        with Client(parsed.url, parsed.key) as client, _Progress(parsed.output.name, unit) as progress:
             if parsed.job:
                 job = client.submit(*wanted, **options)
-                applied = client.fetch(job.id, parsed.output, progress=bar.show)
+                applied = _fetch(client, job.id, parsed.output, progress)
             else:
-                applied = client.export(*wanted, progress=bar.show, timeout_s=parsed.timeout_s, **options)
+                applied = client.export(*wanted, progress=progress.show, timeout_s=parsed.timeout_s, **options)
     except (ClientError, OSError, ValueError) as error:
         return _fail(str(error))
     print(
@@ -151,6 +151,14 @@ def _repose(parsed: argparse.Namespace) -> int:
     if applied.warning:
         print(f"warning: {applied.warning}", file=sys.stderr)
     return 0
+
+
+def _fetch(client: Client, job_id: str, output: Path, progress: "_Progress") -> Applied:
+    try:
+        return client.fetch(job_id, output, progress=progress.show)
+    except (ConnectionLost, KeyboardInterrupt) as error:
+        why = str(error) or "interrupted"
+        raise ConnectionLost(f"{why}; the job {job_id} goes on, and the same command takes it up") from error
 
 
 def _avatars(parsed: argparse.Namespace) -> int:

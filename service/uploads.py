@@ -141,7 +141,10 @@ class Uploads:
             return await self._vet_and_serve(avatar_id, fresh)
 
     async def go_back(self, avatar_id: str, digest: str, conditions: Conditions) -> None:
-        """Serve an older version again; nothing is to be done for the one that is served.
+        """Serve an older version again.
+
+        Of the one that is served already nothing is believed or changed: who asks again, not knowing that it was done,
+        learns that it was.
 
         Raises:
             VersionNotFound: it is not kept.
@@ -149,9 +152,12 @@ class Uploads:
         """
         if not is_avatar_id(avatar_id):
             raise AvatarNotFound("there is no avatar of that name")
+        if digest == self.digest(avatar_id):
+            held = self._store.in_memory(avatar_id)
+            if held is not None and held.bundle.digest != digest:
+                await self._store.reload(avatar_id)  # another replica did it, and its word has not come yet
+            return
         async with self._changing(avatar_id, conditions), self._workplace() as place:
-            if digest == self.digest(avatar_id):
-                return
             if digest not in {version.digest for version in self._kept(avatar_id)}:
                 raise VersionNotFound(f"expected one of the versions of {avatar_id}")
             fresh = place / avatar_id

@@ -11,7 +11,7 @@ import httpx
 from numpy.typing import ArrayLike
 
 from service.client.aio_stream import AsyncStream
-from service.client.backoff import LONGEST_S, Backoff
+from service.client.backoff import RETRIED, Backoff, Polls
 from service.client.calls import (
     Applied,
     Bundle,
@@ -31,8 +31,6 @@ from service.client.errors import ConnectionLost, Refused
 from service.frames import Codec, Frame, FrameError, StreamReader
 
 TIMEOUT = httpx.Timeout(10.0, read=300.0)
-POLLS = 6
-"""Looks at a job with growing pauses; the next ones are as far apart as they get."""
 
 
 class AsyncClient:
@@ -176,11 +174,20 @@ class AsyncClient:
         Raises:
             Refused: the job failed or was cancelled.
         """
-        polls = Backoff(POLLS)
-        while not (job := await self.job(job_id)).ended:
-            if progress:
-                progress(job.frames_done, job.frames)
-            await self._sleep(polls.wait_s() or LONGEST_S)
+        polls = Polls()
+        while True:
+            try:
+                job = await self.job(job_id)
+            except ConnectionLost:
+                if polls.gives_up():
+                    raise
+            else:
+                polls.saw()
+                if progress:
+                    progress(job.frames_done, job.frames)
+                if job.ended:
+                    break
+            await self._sleep(polls.wait_s())
         return await self._save("GET", Call(f"/jobs/{job_id}/result"), Path(path), None)
 
     def stream(self, avatar: str, mode: str = "live", *, codec: Codec = "q16", **options: Any) -> AsyncStream:
@@ -246,7 +253,7 @@ class AsyncClient:
                 raise ConnectionLost(f"{self._url}: {error}") from error
             finally:
                 await answer.aclose()
-            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in call.retried else None
+            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in RETRIED else None
             if wait_s is None:
                 raise Refused.read(answer.status_code, body)
             await self._sleep(wait_s)

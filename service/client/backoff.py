@@ -31,3 +31,26 @@ class Backoff:
     def succeeded(self) -> None:
         """Begin anew."""
         self._tries = 0
+
+
+class Polls:
+    """Looks at something that takes long, with pauses that grow to 8 s.
+
+    So many in a row may fail: while the service is started anew, a job is only delayed.
+    """
+
+    def __init__(self, may_fail: int = 5) -> None:
+        self._pauses, self._may_fail, self._failed = Backoff(6), may_fail, 0
+
+    def saw(self) -> None:
+        """It could be seen."""
+        self._failed = 0
+
+    def gives_up(self) -> bool:
+        """It could not be seen; whether that was once too often."""
+        self._failed += 1
+        return self._failed > self._may_fail
+
+    def wait_s(self) -> float:
+        """Seconds before the next look."""
+        return self._pauses.wait_s() or LONGEST_S

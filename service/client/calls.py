@@ -12,7 +12,6 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import ArrayLike
 
-from service.client.backoff import RETRIED
 from service.frames import MEDIA_TYPE, Codec
 
 Poses = ArrayLike | os.PathLike[str] | str
@@ -101,8 +100,6 @@ class Call:
     query: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    retried: tuple[int, ...] = RETRIED
-    """Statuses after which it is safe to send it again."""
 
     @property
     def sent_headers(self) -> dict[str, str]:
@@ -200,9 +197,7 @@ def delete_call(avatar: str, if_match: str | None) -> Call:
 def load_call(avatar: str, version: str | None, if_match: str | None) -> Call:
     """`POST /avatars/{id}/load`."""
     query = {} if version is None else {"version": version}
-    # After 503 it may be served already and only not be in memory.  Then the avatar is not what it was believed to be.
-    retried = RETRIED if version is None or if_match is None else (429,)
-    return Call(avatar_path(avatar, "load"), query, _believed(if_match), retried=retried)
+    return Call(avatar_path(avatar, "load"), query, _believed(if_match))
 
 
 def _believed(digest: str | None) -> dict[str, str]:

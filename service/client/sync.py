@@ -10,7 +10,7 @@ from typing import Any, Self
 import httpx
 from numpy.typing import ArrayLike
 
-from service.client.backoff import LONGEST_S, Backoff
+from service.client.backoff import RETRIED, Backoff, Polls
 from service.client.calls import (
     Applied,
     Bundle,
@@ -31,8 +31,6 @@ from service.client.sync_stream import Stream
 from service.frames import Codec, Frame, FrameError, decode_stream
 
 TIMEOUT = httpx.Timeout(10.0, read=300.0)
-POLLS = 6
-"""Looks at a job with growing pauses; the next ones are as far apart as they get."""
 
 
 class Client:
@@ -113,8 +111,7 @@ class Client:
 
         Args:
             version: digest of one of `versions` to go back to first.
-            if_match: for going back, as for `upload`; 503 is not tried again then, as the version may have changed
-                already and only not be in memory.
+            if_match: for going back, as for `upload`; not looked at if `version` is served already.
         """
         return self._json("POST", load_call(avatar, version, if_match))
 
@@ -208,11 +205,20 @@ class Client:
         Raises:
             Refused: the job failed or was cancelled.
         """
-        polls = Backoff(POLLS)
-        while not (job := self.job(job_id)).ended:
-            if progress:
-                progress(job.frames_done, job.frames)
-            self._sleep(polls.wait_s() or LONGEST_S)
+        polls = Polls()
+        while True:
+            try:
+                job = self.job(job_id)
+            except ConnectionLost:
+                if polls.gives_up():
+                    raise
+            else:
+                polls.saw()
+                if progress:
+                    progress(job.frames_done, job.frames)
+                if job.ended:
+                    break
+            self._sleep(polls.wait_s())
         return self._save("GET", Call(f"/jobs/{job_id}/result"), Path(path), None)
 
     def stream(self, avatar: str, mode: str = "live", *, codec: Codec = "q16", **options: Any) -> Stream:
@@ -281,7 +287,7 @@ class Client:
                 raise ConnectionLost(f"{self._url}: {error}") from error
             finally:
                 answer.close()
-            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in call.retried else None
+            wait_s = backoff.wait_s(answer.headers.get("retry-after")) if answer.status_code in RETRIED else None
             if wait_s is None:
                 raise Refused.read(answer.status_code, body)
             self._sleep(wait_s)

@@ -260,9 +260,23 @@ def test_a_job_is_asked_for_and_its_result_fetched_when_it_is_there(kind: str, t
     server = Server(job("queued"), job("running", 4), job("done", 9), result)
     server.run(kind, "fetch", "f00", tmp_path / "walk.usdz", progress=lambda *done: seen.append(done))
     assert [request.url.path for request in server.requests] == [*["/prefix/jobs/f00"] * 3, "/prefix/jobs/f00/result"]
-    assert ((tmp_path / "walk.usdz").read_bytes(), seen) == (b"x" * 9, [(0, 9), (4, 9)])
+    assert ((tmp_path / "walk.usdz").read_bytes(), seen) == (b"x" * 9, [(0, 9), (4, 9), (9, 9)])
     with pytest.raises(Refused):
         Server(job("failed", error="engine-failed"), busy(409)).run(kind, "fetch", "f00", tmp_path / "other.usdz")
+    assert [path.name for path in tmp_path.iterdir()] == ["walk.usdz"]
+
+
+@both
+def test_a_job_is_waited_for_while_the_service_is_started_anew(kind: str, tmp_path: Path) -> None:
+    def lost(count: int) -> list[httpx.ReadError]:
+        return [httpx.ReadError("gone")] * count
+
+    result = httpx.Response(200, content=b"x" * 9, headers=APPLIED)
+    server = Server(*lost(5), job("running", 4), *lost(5), job("done", 9), result)
+    server.run(kind, "fetch", "f00", tmp_path / "walk.usdz")
+    assert len(server.requests) == 13
+    with pytest.raises(ConnectionLost, match="gone"):
+        Server(job("running", 4), *lost(6)).run(kind, "fetch", "f00", tmp_path / "other.usdz")
     assert [path.name for path in tmp_path.iterdir()] == ["walk.usdz"]
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from service.schemas import ReposeQuery
 
 @pytest.fixture(scope="module")
 def url(bundle_dir: Path) -> Iterator[str]:
-    with demo.running_server(bundle_dir) as address:
-        yield address
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as jobs:
+        patch.setenv("REPOSER_JOBS_DIR", jobs)
+        with demo.running_server(bundle_dir) as address:
+            yield address
 
 
 @pytest.fixture
@@ -120,20 +123,29 @@ def test_repose_gives_up_when_its_time_is_over(url: str, motion_file: Path, caps
 def test_repose_as_a_job_writes_the_same_file(
     url: str, motion_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     words = ["repose", "tiny", str(motion_file), "--url", url, "--lod", "preview", "-o"]
     outputs = [motion_file.with_name(name) for name in ("at-once.npz", "later.npz", "again.npz")]
     assert command.main([*words, str(outputs[0])]) == 0
-    monkeypatch.setattr(sys, "stderr", watcher := Terminal())
+    shown: list[tuple[int, int | None]] = []
+    monkeypatch.setattr(command._Progress, "show", lambda _, *done: shown.append(done))
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "job", interrupted)
+        assert command.main([*words, str(outputs[1]), "--job"]) == 1
+    said = capsys.readouterr().err
     for output in outputs[1:]:
         assert command.main([*words, str(output), "--job"]) == 0
         assert f"{output}: frames 7, vertices 184" in capsys.readouterr().out
-    assert " frames" in watcher.getvalue()
+        assert shown[-1] == (7, 7)
     assert len({output.read_bytes() for output in outputs}) == 1
     with Client(url) as client:
         (job,) = client.jobs()  # the same command is the same job
-        assert (job.avatar, job.state, job.frames) == ("tiny", "done", 7)
-        client.cancel(job.id)
+    assert (job.avatar, job.state, job.frames) == ("tiny", "done", 7)
+    assert f"interrupted; the job {job.id} goes on" in said
     assert command.main([*words, str(outputs[0]), "--job", "--every", "0"]) == 1
+    assert "option-invalid" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main([*words, str(outputs[0]), "--job", "--timeout", "1"])
 

@@ -83,8 +83,6 @@ def test_versions_are_replaced_on_condition_and_gone_back_to(run: Run, make_bund
         (second, True),
         (first, False),
     ]
-    assert run("load", "tiny", second)["bundle_digest"] == second  # it is served already
-    assert [version["digest"] for version in run("versions", "tiny")] == [second, first]
     assert run("load", "tiny", first, if_match=f'"{second}"')["bundle_digest"] == first
     assert refusal(run, "load", "tiny", "0" * 64) == (404, "version-not-found")
     run("delete", "tiny", if_match="*")
@@ -131,8 +129,7 @@ def test_a_folder_travels_as_tar_and_an_archive_as_it_is(make_bundle: Any, zip_o
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_only_what_was_put_off_is_sent_again(kind: str) -> None:
-    """An upload, whole, after 503; nothing whose answer was lost; no way back on a condition, which may have
-    happened."""
+    """An upload, whole, after 503; and nothing whose answer was lost."""
     body, seen = bytes(600_000), []
     busy = {"status": 503, "code": "overloaded", "title": "busy"}
     replies: list[httpx.Response | Exception] = []
@@ -158,9 +155,7 @@ def test_only_what_was_put_off_is_sent_again(kind: str) -> None:
         with pytest.raises(ConnectionLost, match="gone"):
             run(*call)
     replies += [httpx.Response(503, json=busy), httpx.Response(200, json={"id": "tiny"})]
-    assert run("load", "tiny", "f00") == {"id": "tiny"}
-    replies.append(httpx.Response(503, json=busy))
-    assert refusal(run, "load", "tiny", "f00", if_match="f01") == (503, "overloaded")
+    assert run("load", "tiny", "f00", if_match="f01") == {"id": "tiny"}
     assert not replies
 
 

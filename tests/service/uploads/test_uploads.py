@@ -59,6 +59,30 @@ async def test_versions_can_be_gone_back_to(serve: Any, folder: Path, make_bundl
 
 
 @pytest.mark.usefixtures("no_vetting")
+async def test_to_ask_again_for_a_version_says_that_it_was_done(
+    serve: Any, folder: Path, make_bundle: Any, zip_of: Any
+) -> None:
+    """Also on the condition that was true before, and where another replica did it and its word was not heard."""
+
+    async def served(client: httpx.AsyncClient) -> str:
+        return (await client.post("/avatars/tiny/repose", json=POSES)).headers["reposer-bundle"]
+
+    old, new = read_bundle(folder / "tiny").digest, read_bundle(bundle := make_bundle(iou=0.9)).digest
+    async with serve(bundle_dir=folder) as client, serve(bundle_dir=folder) as deaf:
+        assert await served(deaf) == old
+        assert (await client.put("/avatars/tiny", content=zip_of(bundle), headers=ZIP)).status_code == 200
+        assert (await served(client), await served(deaf)) == (new, old)
+        for replica in (client, deaf):
+            answer = await replica.post(f"/avatars/tiny/load?version={new}", headers={"If-Match": f'"{old}"'})
+            assert (answer.status_code, answer.headers["etag"], await served(replica)) == (200, f'"{new}"', new)
+        versions = (await deaf.get("/avatars/tiny/versions")).json()["versions"]
+        assert [version["digest"] for version in versions] == [new, old]
+        other = await deaf.post(f"/avatars/tiny/load?version={old}", headers={"If-Match": f'"{old}"'})
+        assert (other.status_code, await served(deaf)) == (412, new)
+    assert not work_left(folder)
+
+
+@pytest.mark.usefixtures("no_vetting")
 async def test_conditions_are_kept(serve: Any, folder: Path, make_bundle: Any, zip_of: Any) -> None:
     body = zip_of(make_bundle(iou=0.9))
     async with serve(bundle_dir=folder) as client:
