@@ -143,11 +143,12 @@ class Uploads:
     async def go_back(self, avatar_id: str, digest: str, conditions: Conditions) -> None:
         """Serve an older version again.
 
-        Of the one that is served already nothing is believed or changed: who asks again, not knowing that it was done,
-        learns that it was.
+        Where it is served already there is nothing to do, whatever the conditions: who asks again, not knowing that it
+        was done, learns that it was.
 
         Raises:
             VersionNotFound: it is not kept.
+            AvatarUnavailable, Overloaded: it is served already, but cannot be loaded here.
             UploadConflict, PreconditionFailed, BundleInvalid, InsufficientStorage: as in `put`.
         """
         if not is_avatar_id(avatar_id):

@@ -3,6 +3,9 @@
 import random
 from collections.abc import Callable
 
+from service.client.calls import Job
+from service.client.errors import ConnectionLost
+
 FIRST_S, LONGEST_S = 0.25, 8.0
 LONGEST_RETRY_AFTER_S = 20.0
 RETRIED = (429, 503)
@@ -34,23 +37,26 @@ class Backoff:
 
 
 class Polls:
-    """Looks at something that takes long, with pauses that grow to 8 s.
+    """Looks at a job, with pauses that grow to 8 s.
 
-    So many in a row may fail: while the service is started anew, a job is only delayed.
+    Five in a row may fail: while the service is started anew, the job is only delayed.
     """
 
-    def __init__(self, may_fail: int = 5) -> None:
-        self._pauses, self._may_fail, self._failed = Backoff(6), may_fail, 0
+    def __init__(self, progress: Callable[[int, int | None], None] | None) -> None:
+        self._progress, self._pauses, self._misses = progress, Backoff(6), Backoff(5)
 
-    def saw(self) -> None:
-        """It could be seen."""
-        self._failed = 0
+    def saw(self, job: Job) -> float | None:
+        """Seconds before the next look; None where the job has ended."""
+        self._misses.succeeded()
+        if self._progress:
+            self._progress(job.frames_done, job.frames)
+        return None if job.ended else self._wait_s()
 
-    def gives_up(self) -> bool:
-        """It could not be seen; whether that was once too often."""
-        self._failed += 1
-        return self._failed > self._may_fail
+    def missed(self, error: ConnectionLost) -> float:
+        """Seconds before the next look.  Raises `error` if there is none."""
+        if self._misses.wait_s() is None:
+            raise error
+        return self._wait_s()
 
-    def wait_s(self) -> float:
-        """Seconds before the next look."""
+    def _wait_s(self) -> float:
         return self._pauses.wait_s() or LONGEST_S

@@ -205,20 +205,15 @@ class Client:
         Raises:
             Refused: the job failed or was cancelled.
         """
-        polls = Polls()
+        polls = Polls(progress)
         while True:
             try:
-                job = self.job(job_id)
-            except ConnectionLost:
-                if polls.gives_up():
-                    raise
-            else:
-                polls.saw()
-                if progress:
-                    progress(job.frames_done, job.frames)
-                if job.ended:
-                    break
-            self._sleep(polls.wait_s())
+                wait_s = polls.saw(self.job(job_id))
+            except ConnectionLost as error:
+                wait_s = polls.missed(error)
+            if wait_s is None:
+                break
+            self._sleep(wait_s)
         return self._save("GET", Call(f"/jobs/{job_id}/result"), Path(path), None)
 
     def stream(self, avatar: str, mode: str = "live", *, codec: Codec = "q16", **options: Any) -> Stream:

@@ -123,7 +123,9 @@ def avatar_routes(store: AvatarStore, uploads: Uploads) -> APIRouter:
         avatar_id: AvatarIdPath,
         request: Request,
         response: Response,
-        version: Annotated[Digest | None, Query(description="Go back to this version first.")] = None,
+        version: Annotated[
+            Digest | None, Query(description="Go back to this version first, unless it is served already.")
+        ] = None,
     ) -> AvatarDetail:
         """Load an avatar into memory, so that its next request need not wait."""
         if version is not None:
